@@ -1,0 +1,74 @@
+"""Power-function averages of the weights (EDM2, arXiv 2312.02696, section 3.1)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from facm_core.errors import require
+
+
+def exponent_of(sigma_rel: float) -> float:
+    """γ of the profile whose relative width is σ_rel (EDM2, equation 123).
+
+    σ_rel² = (γ + 1) / ((γ + 2)²·(γ + 3)), solved for its largest root.
+    """
+    require(
+        0 < sigma_rel < 0.28,
+        "sigma_rel",
+        sigma_rel,
+        "outside (0, 0.28), the widths a power function can have",
+        "Use e.g. 0.05 or 0.2",
+    )
+    inverse_variance = sigma_rel**-2
+    roots = np.roots([1, 7, 16 - inverse_variance, 12 - inverse_variance])
+    return float(roots.real.max())
+
+
+def decay(sigma_rel: float, images_seen: int, images_step: int) -> float:
+    """β = (1 − Δ/n)^(γ + 1), n images seen after a step of Δ images (EDM2, equation 127)."""
+    return float((1 - images_step / images_seen) ** (exponent_of(sigma_rel) + 1))
+
+
+class PowerEMA:
+    """Averages of a model's parameters, one per σ_rel.
+
+    Every tensor keeps the layout of its parameter, so under FSDP2 each rank averages its own
+    shards and nothing is communicated.
+
+    Attributes:
+        profiles: σ_rel, written as in the recipe -> parameter name -> average.
+    """
+
+    def __init__(self, model: nn.Module, sigma_rels: Sequence[float]) -> None:
+        for sigma_rel in sigma_rels:
+            exponent_of(sigma_rel)
+        self.sigma_rels = tuple(sigma_rels)
+        self.profiles: dict[str, dict[str, Tensor]] = {
+            str(sigma_rel): {
+                name: parameter.detach().clone() for name, parameter in model.named_parameters()
+            }
+            for sigma_rel in sigma_rels
+        }
+
+    @torch.no_grad()
+    def update(self, model: nn.Module, *, images_seen: int, images_step: int) -> None:
+        """Take in the weights after a step of `images_step` images, `images_seen` in all."""
+        parameters = {name: parameter for name, parameter in model.named_parameters()}
+        for sigma_rel in self.sigma_rels:
+            averages = self.profiles[str(sigma_rel)]
+            beta = decay(sigma_rel, images_seen, images_step)
+            torch._foreach_lerp_(
+                [_local(average) for average in averages.values()],
+                [_local(parameters[name].detach()) for name in averages],
+                1 - beta,
+            )
+
+
+def _local(x: Tensor) -> Tensor:
+    """This rank's shard of a distributed tensor, or the tensor itself."""
+    to_local = getattr(x, "to_local", None)
+    return x if to_local is None else to_local()

@@ -1,0 +1,6 @@
+"""Velocity networks."""
+
+from facm_core.models.base import Condition, VelocityModel
+from facm_core.models.lightning_dit import LightningDiT, LightningDiTConfig
+
+__all__ = ["Condition", "LightningDiT", "LightningDiTConfig", "VelocityModel"]

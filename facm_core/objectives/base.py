@@ -1,0 +1,114 @@
+"""What every objective shares: its random draws, its result, and the losses on velocities."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor
+
+from facm_core.models.base import Condition, VelocityModel, where_rows
+from facm_core.times import TimeDistribution
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectiveOutput:
+    """Result of one evaluation.
+
+    Attributes:
+        loss: Scalar with graph.
+        metrics: Detached scalar tensors, by name.
+    """
+
+    loss: Tensor
+    metrics: dict[str, Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Draws:
+    """Every random number one step needs.
+
+    Attributes:
+        x_0: Noise, like the data (B, …).
+        t: Times, (B,).
+        dropped: Rows whose condition is replaced by the null condition, boolean (B,).
+    """
+
+    x_0: Tensor
+    t: Tensor
+    dropped: Tensor
+
+    def rows(self, start: int, stop: int) -> Draws:
+        """The draws of rows start … stop − 1 of the batch."""
+        rows = slice(start, stop)
+        return Draws(x_0=self.x_0[rows], t=self.t[rows], dropped=self.dropped[rows])
+
+
+class Objective(Protocol):
+    """A loss over a velocity network."""
+
+    def draw(self, shape: tuple[int, ...], generator: Generator | None = None) -> Draws:
+        """Random draws for data of `shape` (B, …), on the generator's device."""
+
+    def __call__(
+        self,
+        student: VelocityModel,
+        x_1: Tensor,
+        condition: Condition,
+        teacher: VelocityModel | None = None,
+        *,
+        x_0: Tensor | None = None,
+        t: Tensor | None = None,
+        dropped: Tensor | None = None,
+        generator: Generator | None = None,
+        images_seen: int = 0,
+    ) -> ObjectiveOutput:
+        """Loss on data x_1 (B, …). Draws that are not given come from `generator`."""
+
+
+def draw(
+    shape: tuple[int, ...],
+    times: TimeDistribution,
+    label_dropout: float,
+    generator: Generator | None = None,
+) -> Draws:
+    """Draw noise, times and label dropout for data of `shape`, on the generator's device."""
+    device = generator.device if generator is not None else torch.device("cpu")
+    return Draws(
+        x_0=torch.randn(shape, generator=generator, device=device),
+        t=times.sample(shape[0], generator=generator, device=device),
+        dropped=torch.rand(shape[0], generator=generator, device=device) < label_dropout,
+    )
+
+
+def complete(
+    drawn: Draws, x_1: Tensor, x_0: Tensor | None, t: Tensor | None, dropped: Tensor | None
+) -> Draws:
+    """Given draws win over drawn ones; all of them like the data x_1."""
+    return Draws(
+        x_0=(drawn.x_0 if x_0 is None else x_0).to(x_1),
+        t=(drawn.t if t is None else t).to(x_1),
+        dropped=(drawn.dropped if dropped is None else dropped).to(x_1.device),
+    )
+
+
+def drop_condition(model: VelocityModel, condition: Condition, dropped: Tensor) -> Condition:
+    """The null condition in the dropped rows."""
+    return where_rows(dropped, model.null_condition(condition), condition)
+
+
+def mean_square(prediction: Tensor, target: Tensor) -> Tensor:
+    """mean((F − v)²), a scalar."""
+    return (prediction - target).square().mean()
+
+
+def cosine_distance(prediction: Tensor, target: Tensor) -> Tensor:
+    """mean(1 − cos(F, v)) with the cosine over channels (dimension 1), a scalar.
+
+    Over one channel a cosine is only a sign, so there it is taken over all of a sample's values.
+    """
+    if prediction.shape[1] == 1:
+        prediction, target = prediction.flatten(1), target.flatten(1)
+    return (1 - F.cosine_similarity(prediction, target, dim=1)).mean()

@@ -1,0 +1,42 @@
+"""The Ray cluster a job runs on, and the code it ships there."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import ray
+
+import facm_core
+import facm_platform
+from facm_core.errors import InvalidInputError
+
+
+def connect() -> None:
+    """Join the cluster of this machine or of ``RAY_ADDRESS``; without one, start a local one.
+
+    The two packages travel to the workers from here, so nothing of this repository needs to be
+    installed on a cluster. Does nothing where Ray is connected already.
+    """
+    if ray.is_initialized():
+        return
+    # Doubled lines otherwise: Train prints what Ray forwards to the driver anyway.
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
+    packages = [str(Path(package.__path__[0])) for package in (facm_core, facm_platform)]
+    ray.init(runtime_env={"py_modules": packages}, include_dashboard=None, logging_level="warning")
+
+
+def require_cpus(field: str, cpus: float, spare: float) -> None:
+    """Make sure that the connected cluster has `cpus` for workers and `spare` for their data.
+
+    Raises:
+        InvalidInputError: with what there is; a run that does not fit would wait for ever.
+    """
+    total = float(ray.cluster_resources().get("CPU", 0))
+    if cpus + spare > total:
+        raise InvalidInputError(
+            field,
+            cpus,
+            f"with {spare} for reading data this is more than the cluster's {total} CPUs",
+            "Use fewer workers or less workers.cpus, or a larger cluster",
+        )

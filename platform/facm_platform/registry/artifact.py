@@ -1,0 +1,272 @@
+"""The model artefact: a folder with ``model.safetensors``, ``config.json`` and ``README.md``.
+
+It holds everything that sampling needs, with the hashes of what it was made from. Nothing in it is
+pickled, and no loader here executes what it reads.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from facm_core.errors import InvalidInputError, require, require_one_of
+from facm_core.guidance import GuidanceConfig
+from facm_core.models import LightningDiT, LightningDiTConfig
+from facm_platform.storage import absolute, local_copy, output_file
+
+SCHEMA_VERSION = 1
+WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
+_KIND = "lightning_dit"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArtifactConfig:
+    """What ``config.json`` tells besides the hash of the weights.
+
+    Attributes:
+        schema_version: Of this format.
+        role: ``teacher`` or ``student``.
+        architecture: The network.
+        objective: What it was trained with: ``flow_matching`` or ``facm``.
+        conditioning: How it is told what to predict: ``expanded`` (t or 2 − t), ``auxiliary``
+            (t and r) or ``plain`` (t alone).
+        guidance_scale: Guidance scale baked into a student, recommended for a teacher.
+        guidance_low: Start of the guidance interval.
+        guidance_high: End of the guidance interval.
+        recommended_nfe: Step counts it is meant for.
+        normalisation_mean: Per channel, of the latents; a sample x is x · std + mean.
+        normalisation_std: Per channel.
+        autoencoder_id: What decodes a latent.
+        autoencoder_sha256: Hash of its weights.
+        latent_manifest_sha256: Hash of the latent set it was trained on.
+        teacher_sha256: Hash of the teacher's weights; None for a model trained from scratch.
+        images_seen: Length of its training.
+        ema_sigma_rel: Width of the power-function average that these weights are.
+        config_hash: Of the whole training configuration.
+    """
+
+    schema_version: int = SCHEMA_VERSION
+    role: str
+    architecture: LightningDiTConfig
+    objective: str
+    conditioning: str
+    guidance_scale: float = 1.0
+    guidance_low: float = 0.0
+    guidance_high: float = 1.0
+    recommended_nfe: tuple[int, ...]
+    normalisation_mean: tuple[float, ...]
+    normalisation_std: tuple[float, ...]
+    autoencoder_id: str
+    autoencoder_sha256: str
+    latent_manifest_sha256: str
+    teacher_sha256: str | None = None
+    images_seen: int
+    ema_sigma_rel: float
+    config_hash: str
+
+    def __post_init__(self) -> None:
+        require(
+            self.schema_version == SCHEMA_VERSION,
+            "schema_version",
+            self.schema_version,
+            f"this code reads version {SCHEMA_VERSION}",
+            "Use the code that wrote the artefact, or train again",
+        )
+        require_one_of("role", self.role, ("teacher", "student"))
+        require_one_of("objective", self.objective, ("flow_matching", "facm"))
+        require_one_of("conditioning", self.conditioning, ("expanded", "auxiliary", "plain"))
+        require(
+            self.architecture.second_time == (self.conditioning == "auxiliary"),
+            "conditioning",
+            self.conditioning,
+            f"does not fit second_time = {self.architecture.second_time}",
+            "Auxiliary conditioning goes with a second time input, the others without",
+        )
+        require(
+            bool(self.recommended_nfe) and min(self.recommended_nfe) >= 1,
+            "recommended_nfe",
+            self.recommended_nfe,
+            "not step counts",
+            "Name at least one, each from 1",
+        )
+        channels = self.architecture.in_channels
+        for name in ("normalisation_mean", "normalisation_std"):
+            value = getattr(self, name)
+            require(
+                len(value) == channels,
+                name,
+                value,
+                f"expected {channels} values, one per latent channel",
+                "Take it from the manifest of the latent set",
+            )
+        self.guidance  # noqa: B018  (validates its three fields)
+
+    @property
+    def guidance(self) -> GuidanceConfig:
+        """The three guidance fields."""
+        return GuidanceConfig(
+            scale=self.guidance_scale, low=self.guidance_low, high=self.guidance_high
+        )
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """Shape of one sample, (C, H, W)."""
+        size = self.architecture.input_size
+        return (self.architecture.in_channels, size, size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Artifact:
+    """A loaded artefact.
+
+    Attributes:
+        uri: Where it lies, absolute.
+        model: In evaluation mode, float32, on the CPU, without gradients.
+        config: What it is.
+        sha256: Of its ``model.safetensors``.
+    """
+
+    uri: str
+    model: LightningDiT
+    config: ArtifactConfig
+    sha256: str
+
+
+def save_artifact(
+    folder: Path, state_dict: Mapping[str, Tensor], config: ArtifactConfig, readme: str = ""
+) -> str:
+    """Write an artefact into the local `folder`; ``config.json``, which completes it, comes last.
+
+    Args:
+        folder: Created when missing.
+        state_dict: Whole tensors, under the names of the model's own state dict.
+        config: What the model is.
+        readme: Model card, Markdown.
+
+    Returns:
+        SHA-256 of the weights file.
+
+    Raises:
+        InvalidInputError: the tensors are not those of the architecture, or not finite.
+    """
+    tensors = {name: t.detach().float().cpu().contiguous() for name, t in state_dict.items()}
+    _check_tensors(tensors, config.architecture, "state_dict", str(folder))
+    folder.mkdir(parents=True, exist_ok=True)
+    with output_file(str(folder / WEIGHTS)) as file:
+        safetensors.torch.save_file(tensors, file)
+    sha256 = _file_sha256(folder / WEIGHTS)
+    (folder / CARD).write_text(readme)
+    with output_file(str(folder / CONFIG)) as file:
+        file.write_text(json.dumps(_to_json(config, sha256), indent=2) + "\n")
+    return sha256
+
+
+def load_artifact(uri: str, field: str = "teacher.uri") -> Artifact:
+    """Read an artefact; every tensor of the model comes from the file, exactly.
+
+    Args:
+        uri: Its folder or ``s3://`` prefix.
+        field: Configuration field that named it, for messages.
+
+    Raises:
+        InvalidInputError: nothing there, not an artefact, a damaged file, or tensors that are not
+            those of the architecture (all of them listed).
+    """
+    address = absolute(uri, field)
+    try:
+        with local_copy(address) as folder:
+            config, recorded = _read_config(folder / CONFIG, field, uri)
+            if not (folder / WEIGHTS).is_file():
+                raise _not_an_artifact(field, uri, f"{WEIGHTS} is missing")
+            sha256 = _file_sha256(folder / WEIGHTS)
+            require(
+                sha256 == recorded,
+                field,
+                uri,
+                f"{WEIGHTS} is damaged: its sha256 is {sha256}, {CONFIG} says {recorded}",
+                "Restore the file from where it was copied, or train again",
+            )
+            tensors = _read_tensors(folder / WEIGHTS, field, uri)
+    except FileNotFoundError:
+        raise _not_an_artifact(field, uri, "there is no such folder") from None
+    _check_tensors(tensors, config.architecture, field, uri)
+    # Made without storage, so that loading draws nothing from the global random generator.
+    with torch.device("meta"):
+        model = LightningDiT(config.architecture)
+    model.load_state_dict(tensors, strict=True, assign=True)
+    model.eval().requires_grad_(False)
+    return Artifact(uri=address, model=model, config=config, sha256=sha256)
+
+
+def _check_tensors(
+    tensors: Mapping[str, Tensor], architecture: LightningDiTConfig, field: str, value: str
+) -> None:
+    with torch.device("meta"):
+        expected = LightningDiT(architecture).state_dict()
+    findings = [f"missing {name}" for name in expected if name not in tensors]
+    findings += [f"unexpected {name}" for name in tensors if name not in expected]
+    for name in expected:
+        if name not in tensors:
+            continue
+        got, wanted = tensors[name], expected[name]
+        if got.shape != wanted.shape or got.dtype != wanted.dtype:
+            findings.append(
+                f"{name} is {tuple(got.shape)} {got.dtype}, not {tuple(wanted.shape)} {wanted.dtype}"
+            )
+        elif not bool(torch.isfinite(got).all()):
+            findings.append(f"{name} has values that are not finite")
+    problem = "the tensors are not those of the architecture: " + "; ".join(findings)
+    require(
+        not findings, field, value, problem, "Use the weights and config of one and the same run"
+    )
+
+
+def _to_json(config: ArtifactConfig, sha256: str) -> dict[str, Any]:
+    values = dataclasses.asdict(config)
+    values["architecture"] = {"kind": _KIND, **values["architecture"]}
+    return {**values, "weights_sha256": sha256}
+
+
+def _read_config(file: Path, field: str, uri: str) -> tuple[ArtifactConfig, str]:
+    try:
+        values = json.loads(file.read_text())
+        sha256 = values.pop("weights_sha256")
+        kind = values["architecture"].pop("kind")
+        require(kind == _KIND, "kind", kind, "unknown architecture", f"This code knows {_KIND}")
+        values["architecture"] = LightningDiTConfig(**values["architecture"])
+        for name in ("recommended_nfe", "normalisation_mean", "normalisation_std"):
+            values[name] = tuple(values[name])
+        return ArtifactConfig(**values), sha256
+    except FileNotFoundError:
+        raise _not_an_artifact(field, uri, f"{CONFIG} is missing") from None
+    except InvalidInputError as error:
+        raise InvalidInputError(field, uri, f"in its {CONFIG}: {error}", error.remedy) from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _not_an_artifact(field, uri, f"{CONFIG} cannot be read ({error})") from error
+
+
+def _read_tensors(file: Path, field: str, uri: str) -> dict[str, Tensor]:
+    try:
+        return safetensors.torch.load_file(file)
+    except SafetensorError as error:
+        raise _not_an_artifact(field, uri, f"{WEIGHTS} cannot be read ({error})") from error
+
+
+def _file_sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _not_an_artifact(field: str, uri: str, problem: str) -> InvalidInputError:
+    remedy = f"Give the folder of a trained model: {WEIGHTS} and {CONFIG} lie in it"
+    return InvalidInputError(field, uri, f"not a model artefact: {problem}", remedy)

@@ -1,0 +1,155 @@
+"""One MLflow run and what a job writes to it."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+from mlflow.entities import Metric, Param, RunTag
+from mlflow.utils.mlflow_tags import MLFLOW_RUN_NAME
+
+from facm_core.errors import require
+from facm_platform.config import as_dict, as_yaml, config_hash
+from facm_platform.tracking.store import Store
+
+Status: TypeAlias = Literal["FINISHED", "FAILED", "KILLED"]
+
+TAG_PREFIX = "facm."
+# MLflow refuses longer values and larger batches.
+_PARAM_CHARACTERS = 6000
+_PARAMS_PER_CALL = 100
+
+
+class Run:
+    """A run of `store`; every method is one call to it and raises when that fails."""
+
+    def __init__(self, store: Store, run_id: str, name: str) -> None:
+        self.store = store
+        self.run_id = run_id
+        self.name = name
+
+    @property
+    def artifact_uri(self) -> str:
+        """Root of the run's artifacts."""
+        return str(self.store.client.get_run(self.run_id).info.artifact_uri)
+
+    def log_metrics(self, metrics: Mapping[str, float], images_seen: int) -> None:
+        """Log numbers against a count of images; training uses `MetricSender`, which never waits."""
+        now = int(time.time() * 1000)
+        entries = [Metric(key, float(value), now, images_seen) for key, value in metrics.items()]
+        self.store.client.log_batch(self.run_id, metrics=entries)
+
+    def log_artifact(self, path: Path, folder: str | None = None) -> None:
+        """Upload a file into `folder`, or what a directory holds."""
+        client = self.store.client
+        upload = client.log_artifacts if path.is_dir() else client.log_artifact
+        upload(self.run_id, str(path), folder)
+
+    def log_text(self, text: str, file: str) -> None:
+        """Keep `text` as the artifact `file`."""
+        self.store.client.log_text(self.run_id, text, file)
+
+    def set_tags(self, tags: Mapping[str, str]) -> None:
+        """Set tags; a name without a dot gets our prefix."""
+        entries = [RunTag(_prefixed(key), value) for key, value in tags.items()]
+        self.store.client.log_batch(self.run_id, tags=entries)
+
+    def finish(self, status: Status = "FINISHED") -> None:
+        """End the run."""
+        self.store.client.set_terminated(self.run_id, status)
+
+
+def open_run(
+    store: Store,
+    run_name: str,
+    *,
+    job: str,
+    config: Any,
+    tags: Mapping[str, str] | None = None,
+    resume: bool = False,
+) -> Run:
+    """Start a run, or continue the last one of that name and job.
+
+    It carries the whole configuration (parameters and ``config.yaml``) and the tags
+    ``facm.run_name``, ``facm.job``, ``facm.config_hash`` and, where there is one,
+    ``facm.git_commit``.
+
+    Args:
+        store: From `connect_store`.
+        run_name: The user's name for it.
+        job: Which job, e.g. ``distill``: the same name may serve several.
+        config: The job's configuration dataclass.
+        tags: Further lineage, e.g. ``{"teacher_sha256": …}``.
+        resume: Continue the latest run of this name and job, if there is one.
+    """
+    require(
+        re.fullmatch(r"[\w.-]+", run_name) is not None,
+        "run_name",
+        run_name,
+        "not usable as a name of files and runs",
+        "Use letters, digits, dot, dash and underscore",
+    )
+    identity = {"facm.run_name": run_name, "facm.job": job}
+    found = _latest(store, identity) if resume else None
+    if found is None:
+        created = store.client.create_run(
+            store.experiment_id, tags={MLFLOW_RUN_NAME: run_name, **identity}
+        )
+        run, known = Run(store, str(created.info.run_id), run_name), {}
+    else:
+        run, known = Run(store, str(found.info.run_id), run_name), dict(found.data.params)
+        store.client.update_run(run.run_id, status="RUNNING")
+    params = dict(flatten(as_dict(config)))
+    # Parameters cannot change: a resumed run keeps its own, its config.yaml tells the latest.
+    new = [Param(key, value) for key, value in params.items() if key not in known]
+    for start in range(0, len(new), _PARAMS_PER_CALL):
+        store.client.log_batch(run.run_id, params=new[start : start + _PARAMS_PER_CALL])
+    run.log_text(as_yaml(config), "config.yaml")
+    commit = git_commit()
+    lineage = {"config_hash": config_hash(config)} | ({"git_commit": commit} if commit else {})
+    run.set_tags(lineage | dict(tags or {}))
+    return run
+
+
+def flatten(values: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, str]]:
+    """Nested dictionary -> ``a.b.c`` and text; values too long for MLflow in numbered parts."""
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from flatten(value, f"{path}{key}.")
+            continue
+        text = str(value)
+        if len(text) <= _PARAM_CHARACTERS:
+            yield path + key, text
+            continue
+        for part, start in enumerate(range(0, len(text), _PARAM_CHARACTERS)):
+            yield f"{path}{key}.part{part}", text[start : start + _PARAM_CHARACTERS]
+
+
+def git_commit() -> str | None:
+    """Commit of the running code, ``-dirty`` where files differ; None outside a git checkout."""
+    here = Path(__file__).resolve().parent
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        done = subprocess.run(command, cwd=here, capture_output=True, text=True, timeout=20)
+    except FileNotFoundError:
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def _latest(store: Store, tags: Mapping[str, str]) -> Any:
+    clauses = [f"tags.`{key}` = '{value}'" for key, value in tags.items()]
+    runs = store.client.search_runs(
+        [store.experiment_id],
+        filter_string=" and ".join(clauses),
+        order_by=["attributes.start_time DESC"],
+        max_results=1,
+    )
+    return runs[0] if runs else None
+
+
+def _prefixed(key: str) -> str:
+    return key if "." in key else TAG_PREFIX + key

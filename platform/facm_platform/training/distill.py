@@ -1,0 +1,179 @@
+"""FACM distillation of a teacher into a student of 1 to 8 steps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+from omegaconf import MISSING
+
+from facm_core.errors import require
+from facm_core.objectives import FACMConfig
+from facm_platform.config import JobResult, config_hash
+from facm_platform.latents import LatentManifest, LatentStream
+from facm_platform.registry import Artifact, load_artifact
+from facm_platform.storage import absolute
+from facm_platform.training.config import DataConfig, RunConfig, TrainConfig, WorkersConfig
+from facm_platform.training.run import check_batch, check_run, execute, memory_estimate
+from facm_platform.training.task import TrainingTask
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherConfig:
+    """The frozen teacher.
+
+    Attributes:
+        uri: Folder of its model artefact.
+    """
+
+    uri: str = MISSING
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillConfig:
+    """Recipe of jobs/distill.py.
+
+    Attributes:
+        run: Name and place of the run.
+        data: Latent set.
+        teacher: Frozen teacher; the student starts from its weights.
+        objective: FACM.
+        train: Optimisation.
+        workers: Ray Train workers.
+    """
+
+    run: RunConfig = field(default_factory=RunConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    objective: FACMConfig = field(default_factory=FACMConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    workers: WorkersConfig = field(default_factory=WorkersConfig)
+
+
+@dataclass(frozen=True)
+class DistillPlan:
+    """A validated distillation."""
+
+    config: DistillConfig
+    folder_uri: str
+    data_uri: str
+    teacher_uri: str
+    manifest: LatentManifest
+    teacher: Artifact
+
+    def describe(self) -> str:
+        """What would be distilled, from what."""
+        config, train = self.config, self.config.train
+        parameters = sum(p.numel() for p in self.teacher.model.parameters())
+        return (
+            f"distill {config.run.name}: {train.total_images:,} images in batches of "
+            f"{train.global_batch_size} on {config.workers.count} workers, from {self.data_uri} "
+            f"({self.manifest.rows:,} rows) to {self.folder_uri}\n"
+            f"teacher: {self.teacher_uri} (sha256 {self.teacher.sha256})\n"
+            f"student: {memory_estimate(parameters, train, config.workers.count, networks=2)}"
+        )
+
+    def execute(self) -> JobResult:
+        """Distill on the cluster."""
+        config = self.config
+        return execute(
+            config.run,
+            config,
+            config.workers,
+            job="distill",
+            lineage={
+                "manifest_sha256": self.manifest.sha256,
+                "teacher_sha256": self.teacher.sha256,
+            },
+            make_task=self.task,
+        )
+
+    def task(self, tracking_uri: str, run_id: str) -> TrainingTask:
+        """The worker's view of it."""
+        config, guidance = self.config, self.config.objective.guidance
+        conditioning = config.objective.conditioning
+        artifact = replace(
+            self.teacher.config,
+            role="student",
+            architecture=replace(
+                self.teacher.config.architecture, second_time=conditioning == "auxiliary"
+            ),
+            objective="facm",
+            conditioning=conditioning,
+            guidance_scale=guidance.scale,
+            guidance_low=guidance.low,
+            guidance_high=guidance.high,
+            recommended_nfe=(1, 2, 4),
+            teacher_sha256=self.teacher.sha256,
+            images_seen=config.train.total_images,
+            ema_sigma_rel=config.train.export_sigma_rel,
+            config_hash=config_hash(config),
+        )
+        return TrainingTask(
+            job="distill",
+            folder_uri=self.folder_uri,
+            stream=LatentStream(
+                uri=self.data_uri,
+                manifest=self.manifest,
+                seed=config.train.seed,
+                lanes=config.workers.count,
+            ),
+            objective=config.objective,
+            train=config.train,
+            teacher_uri=self.teacher_uri,
+            artifact=artifact,
+            tracking_uri=tracking_uri,
+            run_id=run_id,
+        )
+
+
+def prepare(config: DistillConfig) -> DistillPlan:
+    """Validate a distillation without touching a cluster.
+
+    Raises:
+        InvalidInputError: see `check_run`, `check_batch`, `LatentManifest.load`, `load_artifact`;
+            or teacher, data and conditioning that do not belong together.
+    """
+    check_batch(config.train, config.workers)
+    data_uri = absolute(config.data.uri, "data.uri")
+    manifest = LatentManifest.load(data_uri)
+    teacher_uri = absolute(config.teacher.uri, "teacher.uri")
+    teacher = load_artifact(teacher_uri, "teacher.uri")
+    _check_teacher(config, teacher, manifest)
+    folder_uri = check_run(config.run, config)
+    return DistillPlan(config, folder_uri, data_uri, teacher_uri, manifest, teacher)
+
+
+def _check_teacher(config: DistillConfig, teacher: Artifact, manifest: LatentManifest) -> None:
+    architecture = teacher.config.architecture
+    size = architecture.input_size
+    shape = (architecture.in_channels, size, size)
+    uri = config.teacher.uri
+    require(
+        shape == tuple(manifest.latent_shape),
+        "teacher.uri",
+        uri,
+        f"the teacher's latents are {shape}, those of data.uri {tuple(manifest.latent_shape)}",
+        "Use the latent set the teacher was trained on",
+    )
+    require(
+        architecture.num_classes == manifest.num_classes,
+        "teacher.uri",
+        uri,
+        f"the teacher has {architecture.num_classes} classes, data.uri {manifest.num_classes}",
+        "Use the latent set the teacher was trained on",
+    )
+    # Another normalisation is the costliest silent error there is: FID above 130.
+    require(
+        (teacher.config.mean, teacher.config.std) == (manifest.mean, manifest.std),
+        "teacher.uri",
+        uri,
+        "the teacher was trained under another normalisation than data.uri has",
+        "Use the latent set the teacher was trained on",
+    )
+    require(
+        not (architecture.second_time and config.objective.conditioning == "expanded"),
+        "objective.conditioning",
+        config.objective.conditioning,
+        "the teacher has a second time embedding, which this conditioning has no use for",
+        "Use auxiliary",
+    )

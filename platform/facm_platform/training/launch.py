@@ -1,0 +1,66 @@
+"""A training task on Ray Train V2."""
+
+from __future__ import annotations
+
+import logging
+import os
+from typing import Any, cast
+
+import torch
+from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchTrainer
+
+from facm_platform.cluster import require_cpus
+from facm_platform.latents.source import READ_CPUS
+from facm_platform.training.config import WorkersConfig
+from facm_platform.training.loop import train
+from facm_platform.training.ray_context import RayContext
+from facm_platform.training.task import TrainingTask
+
+# A failed controller is started again this often; Ray's default is without end.
+_CONTROLLER_FAILURES = 3
+
+
+def launch(task: TrainingTask, workers: WorkersConfig) -> dict[str, float]:
+    """Run `task` on the connected cluster, resuming from its last checkpoint.
+
+    Returns:
+        Final metrics, from rank 0.
+
+    Raises:
+        ray.train.TrainingFailedError: the workers failed more often than allowed.
+    """
+    require_cpus("workers.count", workers.count * workers.cpus, spare=READ_CPUS)
+    # How often the controller looks at its workers, which is what a checkpoint's report waits for.
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "120")
+    storage, _, name = task.folder_uri.rpartition("/")
+    trainer = TorchTrainer(
+        _work,
+        train_loop_config={"task": task, "threads": max(1, int(workers.cpus))},
+        scaling_config=ScalingConfig(
+            num_workers=workers.count,
+            use_gpu=workers.gpu,
+            resources_per_worker={"CPU": workers.cpus} | ({"GPU": 1} if workers.gpu else {}),
+        ),
+        run_config=RunConfig(
+            name=name,
+            storage_path=storage,
+            checkpoint_config=CheckpointConfig(num_to_keep=task.train.keep_checkpoints),
+            failure_config=FailureConfig(
+                max_failures=workers.max_failures,
+                controller_failure_limit=_CONTROLLER_FAILURES,
+            ),
+        ),
+    )
+    result = trainer.fit()
+    return cast(dict[str, float], result.return_value)
+
+
+def _work(config: dict[str, Any]) -> dict[str, float]:
+    """What every worker runs. Ray Train has set up the process group."""
+    # The same number on every machine, so that sums are grouped alike; and none of the worker's
+    # neighbours slowed down.
+    torch.set_num_threads(config["threads"])
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    return train(config["task"], RayContext())

@@ -1,0 +1,55 @@
+"""FSDP2: how a network is spread over the workers, and how it comes back in one piece."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TypeVar, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+M = TypeVar("M", bound=nn.Module)
+
+PARAM_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def shard(model: M, device: torch.device, precision: str) -> M:
+    """Shard `model` in place over all workers, one unit a block and one for the rest.
+
+    Every rank must hold the same weights before. Weights and gradient reduction stay float32.
+    """
+    model = model.to(device)
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    dtype = PARAM_DTYPES[precision]
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    for block in cast(nn.ModuleList, model.blocks):
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    # The root takes x and t as they are: a time rounded to bfloat16 is another time.
+    root_policy = MixedPrecisionPolicy(
+        param_dtype=dtype,
+        reduce_dtype=torch.float32,
+        output_dtype=torch.float32,
+        cast_forward_inputs=False,
+    )
+    fully_shard(model, mesh=mesh, mp_policy=root_policy)
+    return model
+
+
+def gather(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Whole CPU copies of sharded tensors; every rank must call this, with the same names."""
+    return {name: whole(tensor).detach().cpu() for name, tensor in tensors.items()}
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A distributed tensor in one piece (a collective), another tensor as it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def mean_over_workers(values: Tensor) -> Tensor:
+    """Mean of `values` over the ranks, on every rank."""
+    dist.all_reduce(values)
+    return values / dist.get_world_size()

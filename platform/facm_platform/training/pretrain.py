@@ -1,0 +1,167 @@
+"""Flow-matching pre-training of a teacher on a latent set."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from omegaconf import MISSING
+
+from facm_core.errors import InvalidInputError
+from facm_core.guidance import GuidanceConfig
+from facm_core.models import LightningDiT, LightningDiTConfig
+from facm_core.objectives import FlowMatchingConfig
+from facm_platform.config import JobResult, config_hash
+from facm_platform.latents import LatentManifest, LatentStream
+from facm_platform.registry import ArtifactConfig
+from facm_platform.storage import absolute
+from facm_platform.training.config import DataConfig, RunConfig, TrainConfig, WorkersConfig
+from facm_platform.training.run import check_batch, check_run, execute, memory_estimate
+from facm_platform.training.task import TrainingTask
+
+
+@dataclass(frozen=True, kw_only=True)
+class NetworkConfig:
+    """Size of the teacher; the latent set decides about the rest of `LightningDiTConfig`.
+
+    Attributes:
+        patch_size: Side of a patch, in latent cells.
+        hidden_size: Token width.
+        depth: Number of blocks.
+        num_heads: Attention heads.
+        mlp_ratio: Width of the SwiGLU, before its ⅔.
+    """
+
+    patch_size: int = MISSING
+    hidden_size: int = MISSING
+    depth: int = MISSING
+    num_heads: int = MISSING
+    mlp_ratio: float = 4.0
+
+    def on(self, manifest: LatentManifest) -> LightningDiTConfig:
+        """The architecture for the latents of a set."""
+        channels, height, _ = manifest.latent_shape
+        return LightningDiTConfig(
+            input_size=height,
+            in_channels=channels,
+            num_classes=manifest.num_classes,
+            patch_size=self.patch_size,
+            hidden_size=self.hidden_size,
+            depth=self.depth,
+            num_heads=self.num_heads,
+            mlp_ratio=self.mlp_ratio,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainConfig:
+    """Recipe of jobs/pretrain.py.
+
+    Attributes:
+        run: Name and place of the run.
+        data: Latent set.
+        network: Size of the teacher.
+        objective: Flow matching.
+        sampling: Guidance with which the teacher is meant to be sampled and distilled.
+        train: Optimisation.
+        workers: Ray Train workers.
+    """
+
+    run: RunConfig = field(default_factory=RunConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    network: NetworkConfig = field(default_factory=NetworkConfig)
+    objective: FlowMatchingConfig = field(default_factory=FlowMatchingConfig)
+    sampling: GuidanceConfig = field(default_factory=GuidanceConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    workers: WorkersConfig = field(default_factory=WorkersConfig)
+
+
+@dataclass(frozen=True)
+class PretrainPlan:
+    """A validated pre-training."""
+
+    config: PretrainConfig
+    folder_uri: str
+    data_uri: str
+    manifest: LatentManifest
+    architecture: LightningDiTConfig
+
+    def describe(self) -> str:
+        """What would be trained, on what."""
+        config, train = self.config, self.config.train
+        with torch.device("meta"):
+            parameters = sum(p.numel() for p in LightningDiT(self.architecture).parameters())
+        return (
+            f"pretrain {config.run.name}: {train.total_images:,} images in batches of "
+            f"{train.global_batch_size} on {config.workers.count} workers, from {self.data_uri} "
+            f"({self.manifest.rows:,} rows) to {self.folder_uri}\n"
+            f"teacher: {memory_estimate(parameters, train, config.workers.count, networks=1)}"
+        )
+
+    def execute(self) -> JobResult:
+        """Train on the cluster."""
+        config = self.config
+        return execute(
+            config.run,
+            config,
+            config.workers,
+            job="pretrain",
+            lineage={"manifest_sha256": self.manifest.sha256},
+            make_task=self.task,
+        )
+
+    def task(self, tracking_uri: str, run_id: str) -> TrainingTask:
+        """The worker's view of it."""
+        config, manifest = self.config, self.manifest
+        artifact = ArtifactConfig(
+            role="teacher",
+            architecture=self.architecture,
+            objective="flow_matching",
+            conditioning="expanded" if config.objective.expanded else "plain",
+            guidance_scale=config.sampling.scale,
+            guidance_low=config.sampling.low,
+            guidance_high=config.sampling.high,
+            recommended_nfe=(50,),
+            mean=manifest.mean,
+            std=manifest.std,
+            autoencoder_id=manifest.autoencoder_id,
+            autoencoder_sha256=manifest.autoencoder_sha256,
+            latent_manifest_sha256=manifest.sha256,
+            teacher_sha256=None,
+            images_seen=config.train.total_images,
+            ema_sigma_rel=config.train.export_sigma_rel,
+            config_hash=config_hash(config),
+        )
+        return TrainingTask(
+            job="pretrain",
+            folder_uri=self.folder_uri,
+            stream=LatentStream(
+                uri=self.data_uri,
+                manifest=manifest,
+                seed=config.train.seed,
+                lanes=config.workers.count,
+            ),
+            objective=config.objective,
+            train=config.train,
+            teacher_uri=None,
+            artifact=artifact,
+            tracking_uri=tracking_uri,
+            run_id=run_id,
+        )
+
+
+def prepare(config: PretrainConfig) -> PretrainPlan:
+    """Validate a pre-training without touching a cluster.
+
+    Raises:
+        InvalidInputError: see `check_run`, `check_batch`, `LatentManifest.load`; or a network that
+            does not fit the latents.
+    """
+    check_batch(config.train, config.workers)
+    data_uri = absolute(config.data.uri, "data.uri")
+    manifest = LatentManifest.load(data_uri)
+    try:
+        architecture = config.network.on(manifest)
+    except InvalidInputError as error:
+        raise error.inside("network") from None
+    return PretrainPlan(config, check_run(config.run, config), data_uri, manifest, architecture)

@@ -1,0 +1,112 @@
+"""The life of a run around the loop: its folder, its one config, its MLflow run, its result."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from facm_core.errors import InvalidInputError, require
+from facm_platform import storage
+from facm_platform.cluster import connect
+from facm_platform.config import JobResult, as_yaml
+from facm_platform.tracking import check_store, connect_store, open_run
+from facm_platform.training.config import RunConfig, TrainConfig, WorkersConfig
+from facm_platform.training.task import TrainingTask
+
+CONFIG = "config.yaml"
+
+
+def check_run(run: RunConfig, config: Any) -> str:
+    """Folder of the run, after making sure that this config may use it.
+
+    Raises:
+        InvalidInputError: bad name or storage, MLflow out of reach, or the name was used with
+            another config (shows the difference).
+    """
+    require(
+        run.name.replace("-", "").replace("_", "").replace(".", "").isalnum(),
+        "run.name",
+        run.name,
+        "not usable as a folder name",
+        "Use letters, digits, dot, dash and underscore",
+    )
+    folder = storage.join(storage.absolute(run.storage_uri, "run.storage_uri"), run.name)
+    storage.check_reachable(folder, "run.storage_uri")
+    check_store(run.tracking, tracking_root(run))
+    kept, ours = storage.join(folder, CONFIG), as_yaml(config)
+    if storage.exists(kept) and (theirs := storage.read_text(kept)) != ours:
+        lines = difflib.unified_diff(
+            theirs.splitlines(), ours.splitlines(), "the run's config", "this config", lineterm=""
+        )
+        raise InvalidInputError(
+            "run.name",
+            run.name,
+            "the name is in use with another config:\n" + "\n".join(lines) + "\n",
+            "Use another run.name, or the same config to resume the run",
+        )
+    return folder
+
+
+def tracking_root(run: RunConfig) -> Path:
+    """Folder of the embedded MLflow store."""
+    remote = "://" in run.storage_uri
+    return Path("runs" if remote else run.storage_uri)
+
+
+def check_batch(train: TrainConfig, workers: WorkersConfig) -> None:
+    """Raise `InvalidInputError` unless the global batch divides over the workers."""
+    require(
+        train.global_batch_size % workers.count == 0,
+        "train.global_batch_size",
+        train.global_batch_size,
+        f"not divisible by workers.count = {workers.count}",
+        f"Use a multiple of {workers.count}",
+    )
+
+
+def memory_estimate(parameters: int, train: TrainConfig, workers: int, networks: int) -> str:
+    """Bytes a worker holds for weights, gradients, Adam and averages, all float32 and sharded."""
+    copies = networks + 3 + len(train.ema_sigma_rels)
+    mebibytes = parameters * 4 * copies / workers / 2**20
+    return f"{parameters / 1e6:,.1f} M parameters, {mebibytes:,.0f} MiB a worker before activations"
+
+
+def execute(
+    run: RunConfig,
+    config: Any,
+    workers: WorkersConfig,
+    *,
+    job: str,
+    lineage: Mapping[str, str],
+    make_task: Callable[[str, str], TrainingTask],
+) -> JobResult:
+    """Train on the cluster under one MLflow run, and log what came out.
+
+    Args:
+        run: Name and place.
+        config: The job's whole configuration.
+        workers: Ray Train workers.
+        job: Name of the job.
+        lineage: Tags of the MLflow run.
+        make_task: (tracking URI, run id) -> task.
+    """
+    from facm_platform.training.launch import launch
+
+    store = connect_store(run.tracking, tracking_root(run))
+    tracked = open_run(store, run.name, job=job, config=config, tags=lineage, resume=True)
+    task = make_task(store.uri, tracked.run_id)
+    storage.write_bytes(storage.join(task.folder_uri, CONFIG), as_yaml(config).encode())
+    try:
+        connect()
+        metrics = launch(task, workers)
+        with storage.local_copy(task.artifact_uri) as folder:
+            tracked.log_artifact(folder, "model")
+    except BaseException:
+        tracked.finish("FAILED")
+        raise
+    tracked.finish()
+    return JobResult(
+        run_id=tracked.run_id, run_name=run.name, artifact_uri=task.artifact_uri, metrics=metrics
+    )

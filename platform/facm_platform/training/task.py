@@ -1,0 +1,50 @@
+"""Everything a worker needs to know, as plain picklable data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from facm_core.objectives import FACM, FACMConfig, FlowMatching, FlowMatchingConfig, Objective
+from facm_platform.latents import LatentStream
+from facm_platform.registry import ArtifactConfig
+from facm_platform.storage import join
+from facm_platform.training.config import TrainConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingTask:
+    """One training run.
+
+    Attributes:
+        job: ``pretrain`` or ``distill``, for messages.
+        folder_uri: The run's own folder.
+        stream: Order of the data, one lane a worker.
+        objective: The loss.
+        train: Optimisation.
+        teacher_uri: Artefact of the frozen teacher, which is also the student's start; None when
+            training from scratch.
+        artifact: Description of the model that will come out, its architecture included.
+        tracking_uri: MLflow store.
+        run_id: MLflow run that receives the metrics.
+    """
+
+    job: str
+    folder_uri: str
+    stream: LatentStream
+    objective: FACMConfig | FlowMatchingConfig
+    train: TrainConfig
+    teacher_uri: str | None
+    artifact: ArtifactConfig
+    tracking_uri: str
+    run_id: str
+
+    @property
+    def artifact_uri(self) -> str:
+        """Where the model artefact will be."""
+        return join(self.folder_uri, "artifact")
+
+    def build_objective(self) -> Objective:
+        """The loss described."""
+        if isinstance(self.objective, FACMConfig):
+            return FACM(self.objective, recompute=self.train.recompute)
+        return FlowMatching(self.objective)
