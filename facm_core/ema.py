@@ -57,7 +57,7 @@ class PowerEMA:
     @torch.no_grad()
     def update(self, model: nn.Module, *, images_seen: int, images_step: int) -> None:
         """Take in the weights after a step of `images_step` images, `images_seen` in all."""
-        parameters = {name: parameter for name, parameter in model.named_parameters()}
+        parameters = dict(model.named_parameters())
         for sigma_rel in self.sigma_rels:
             averages = self.profiles[str(sigma_rel)]
             beta = decay(sigma_rel, images_seen, images_step)

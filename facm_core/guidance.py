@@ -1,4 +1,4 @@
-"""Classifier-free guidance of a velocity field on a time interval (arXiv 2207.12598, 2404.07724)."""
+"""Classifier-free guidance of a velocity field, on an interval (arXiv 2207.12598, 2404.07724)."""
 
 from __future__ import annotations
 

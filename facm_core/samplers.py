@@ -6,6 +6,7 @@ Sampling arithmetic is float64 outside the network, which sees its own dtype.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -102,7 +103,7 @@ def sample_euler(
     field = _field(model, condition, guidance or GuidanceConfig(), noise.dtype, expanded)
     times = _time_grid(steps, shift)
     x = noise.double()
-    for t, t_next in zip(times[:-1], times[1:], strict=True):
+    for t, t_next in pairwise(times):
         x = x + (t_next - t) * field(x, t)
     return x.to(noise.dtype)
 
@@ -124,7 +125,7 @@ def sample_heun(
     field = _field(model, condition, guidance or GuidanceConfig(), noise.dtype, expanded)
     times = _time_grid(steps, shift)
     x = noise.double()
-    for t, t_next in zip(times[:-1], times[1:], strict=True):
+    for t, t_next in pairwise(times):
         v = field(x, t)
         v_next = field(x + (t_next - t) * v, t_next)
         x = x + (t_next - t) * (v + v_next) / 2

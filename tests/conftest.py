@@ -10,9 +10,11 @@ import sys
 import time
 import urllib.error
 import urllib.request
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
+import boto3
 import pytest
 
 from facm_platform.tracking import Store, TrackingConfig, connect_store
@@ -88,3 +90,65 @@ def tracking_server(tmp_path: Path, empty_database: Path) -> Iterator[TrackingSe
     server.start()
     yield server
     server.kill()
+
+
+@pytest.fixture(scope="session")
+def object_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A real S3 endpoint over HTTP, in a process of its own, named by the standard environment."""
+    folder = tmp_path_factory.mktemp("s3")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = int(probe.getsockname()[1])
+    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    with (folder / "moto.log").open("wb") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log)
+    try:
+        deadline = time.monotonic() + 60
+        while not answers_on(port):
+            if time.monotonic() > deadline or process.poll() is not None:
+                raise RuntimeError((folder / "moto.log").read_text()[-2000:])
+            time.sleep(0.1)
+        with pytest.MonkeyPatch.context() as environment:
+            environment.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
+            environment.setenv("AWS_ACCESS_KEY_ID", "test")
+            environment.setenv("AWS_SECRET_ACCESS_KEY", "test")
+            environment.setenv("AWS_DEFAULT_REGION", "us-east-1")
+            environment.setenv("AWS_EC2_METADATA_DISABLED", "true")
+            yield
+    finally:
+        process.kill()
+        process.wait()
+
+
+def answers_on(port: int) -> bool:
+    """Whether something listens on that loopback port."""
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+@pytest.fixture
+def bucket(object_store: None) -> str:
+    """The address of a new, empty bucket: ``s3://...``."""
+    name = f"bucket-{uuid.uuid4().hex[:12]}"
+    boto3.client("s3").create_bucket(Bucket=name)
+    return f"s3://{name}"
+
+
+@pytest.fixture(scope="session")
+def ray_cluster(object_store: None) -> Iterator[None]:
+    """One small Ray cluster for all tests that need none of their own."""
+    import ray
+
+    import facm_core
+    import facm_platform
+
+    packages = [str(Path(package.__path__[0])) for package in (facm_core, facm_platform)]
+    ray.init(
+        address="local",
+        num_cpus=4,
+        include_dashboard=False,
+        logging_level="warning",
+        runtime_env={"py_modules": packages},
+    )
+    yield
+    ray.shutdown()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -70,7 +70,7 @@ class LightningDiTConfig:
         )
 
 
-PRESETS: dict[str, dict[str, int]] = {
+PRESETS: dict[str, dict[str, Any]] = {
     "B/1": {"depth": 12, "hidden_size": 768, "patch_size": 1, "num_heads": 12},
     "B/2": {"depth": 12, "hidden_size": 768, "patch_size": 2, "num_heads": 12},
     "L/2": {"depth": 24, "hidden_size": 1024, "patch_size": 2, "num_heads": 16},
@@ -163,20 +163,21 @@ class LightningDiT(nn.Module):
 
     def initialise(self) -> None:
         """DiT's initialisation: adaLN and the output start at zero, so F = 0 at first."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
+        for linear in _linears(self):
+            nn.init.xavier_uniform_(linear.weight)
+            nn.init.zeros_(linear.bias)
         nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1))
-        nn.init.zeros_(self.x_embedder.proj.bias)
+        nn.init.zeros_(cast(Tensor, self.x_embedder.proj.bias))
         nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
         for embedder in filter(None, (self.t_embedder, self.r_embedder)):
-            nn.init.normal_(embedder.mlp[0].weight, std=0.02)
-            nn.init.normal_(embedder.mlp[2].weight, std=0.02)
-        zeroed = [block.adaLN_modulation[-1] for block in self.blocks]
-        zeroed += [self.final_layer.adaLN_modulation[-1], self.final_layer.linear]
-        # r adds nothing at first, so that a model without it can be continued with it.
-        zeroed += [self.r_embedder.mlp[2]] if self.r_embedder is not None else []
+            for linear in _linears(embedder):
+                nn.init.normal_(linear.weight, std=0.02)
+        zeroed = [*_linears(self.final_layer)]
+        for block in self.blocks:
+            zeroed += _linears(cast(Block, block).adaLN_modulation)
+        if self.r_embedder is not None:
+            # r adds nothing at first, so that a model without it can be continued with it.
+            zeroed.append(_linears(self.r_embedder)[-1])
         for linear in zeroed:
             nn.init.zeros_(linear.weight)
             nn.init.zeros_(linear.bias)
@@ -208,7 +209,7 @@ class TimeEmbedding(nn.Module):
 
     def forward(self, t: Tensor) -> Tensor:
         features = time_features(t, FREQUENCIES)
-        return self.mlp(features.to(self.mlp[0].weight.dtype))
+        return self.mlp(features.to(_linears(self.mlp)[0].weight.dtype))
 
 
 class LabelEmbedding(nn.Module):
@@ -325,6 +326,10 @@ class FinalLayer(nn.Module):
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         shift, scale = self.adaLN_modulation(c)[:, None].chunk(2, dim=-1)
         return self.linear(self.norm_final(x) * (1 + scale) + shift)
+
+
+def _linears(module: nn.Module) -> list[nn.Linear]:
+    return [part for part in module.modules() if isinstance(part, nn.Linear)]
 
 
 def at_least_float32(x: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
 
@@ -23,7 +24,7 @@ def connect() -> None:
     # Doubled lines otherwise: Train prints what Ray forwards to the driver anyway.
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
     packages = [str(Path(package.__path__[0])) for package in (facm_core, facm_platform)]
-    ray.init(runtime_env={"py_modules": packages}, include_dashboard=None, logging_level="warning")
+    ray.init(runtime_env={"py_modules": packages}, logging_level=logging.WARNING)
 
 
 def require_cpus(field: str, cpus: float, spare: float) -> None:
@@ -32,7 +33,7 @@ def require_cpus(field: str, cpus: float, spare: float) -> None:
     Raises:
         InvalidInputError: with what there is; a run that does not fit would wait for ever.
     """
-    total = float(ray.cluster_resources().get("CPU", 0))
+    total = float(ray.cluster_resources().get("CPU", 0))  # type: ignore[no-untyped-call]
     if cpus + spare > total:
         raise InvalidInputError(
             field,

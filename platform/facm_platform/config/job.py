@@ -15,6 +15,10 @@ from facm_platform.config.loader import as_yaml, load_config
 C = TypeVar("C")
 
 
+class Refused(Exception):
+    """Asked for rightly, and yet not done: the message says why."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class JobResult:
     """What a job leaves behind; printed as the last line of its standard output.
@@ -57,7 +61,7 @@ def run_job(
         description: One paragraph for ``--help``.
 
     Returns:
-        Exit status: 0 done, 2 input that the user must mend (said on standard error).
+        Exit status: 0 done, 1 refused, 2 input that the user must mend (said on standard error).
     """
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--recipe", metavar="NAME|FILE", help="a file of jobs/recipes, or a path")
@@ -78,5 +82,8 @@ def run_job(
     except InvalidInputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except Refused as refusal:
+        print(f"refused: {refusal}", file=sys.stderr)
+        return 1
     print(json.dumps(asdict(result)), flush=True)
     return 0

@@ -43,7 +43,7 @@ def load_config(
         InvalidInputError: unknown key (the nearest known one is suggested), unusable value,
             missing value, or a recipe that does not exist.
     """
-    config = OmegaConf.structured(schema)
+    config = _node(schema)
     layers = [OmegaConf.load(find_recipe(recipe, recipes))] if recipe is not None else []
     layers += [_parse_override(text) for text in overrides]
     for layer in layers:
@@ -80,6 +80,17 @@ def config_hash(config: Any) -> str:
     """First 16 hexadecimal digits of the SHA-256 of the configuration's canonical JSON."""
     canonical = json.dumps(as_dict(config), sort_keys=True)
     return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+
+
+def _node(schema: type) -> DictConfig:
+    """OmegaConf's typed node of a schema; what has no default is missing in it, at any depth."""
+    node = OmegaConf.structured(schema)
+    OmegaConf.set_readonly(node, False)  # frozen dataclasses make it so
+    for name, hint in typing.get_type_hints(schema).items():
+        nested = _schema_of(hint)
+        if nested is not None and OmegaConf.is_missing(node, name):
+            node[name] = _node(nested)
+    return typing.cast(DictConfig, node)
 
 
 def _parse_override(text: str) -> DictConfig:

@@ -21,6 +21,7 @@ from facm_core.autoencoders import Autoencoder, load_autoencoder
 from facm_core.errors import InvalidInputError, require, require_one_of
 from facm_platform import storage
 from facm_platform.config import JobResult
+from facm_platform.latents._ray_data import ordered_and_quiet
 from facm_platform.latents.images import ImageSource, image_source
 from facm_platform.latents.manifest import MANIFEST, LatentManifest, Part
 from facm_platform.latents.statistics import ChannelStatistics
@@ -155,9 +156,7 @@ class EncodePlan:
             layout=self._layout,
         )
         dataset = ray.data.from_items(todo, override_num_blocks=len(todo)).map(encode_part)
-        dataset.context.execution_options.preserve_order = True
-        dataset.context.enable_progress_bars = False
-        for row in dataset.iter_rows():
+        for row in ordered_and_quiet(dataset).iter_rows():
             yield _unpacked(json.loads(row["result"]))
 
     def _clear(self) -> None:

@@ -8,15 +8,17 @@ import json
 import math
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor, tensor
 
 from facm_core.errors import InvalidInputError, require, require_one_of
 from facm_platform import storage
 from facm_platform.latents.tables import COLUMNS, DTYPES, LatentShape
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 MANIFEST = "manifest.json"
 SCHEMA_VERSION = 1
@@ -158,10 +160,10 @@ class LatentManifest:
     def _prepared(self, latents: Any) -> tuple[Any, Any, Any]:
         mean = np.array(self.mean, np.float32)[:, None, None]
         std = np.array(self.std, np.float32)[:, None, None]
-        if isinstance(latents, Tensor):
-            device = latents.device
-            return latents.float(), tensor(mean, device=device), tensor(std, device=device)
-        return latents.astype(np.float32, copy=False), mean, std
+        if isinstance(latents, np.ndarray):
+            return latents.astype(np.float32, copy=False), mean, std
+        values = latents.float()
+        return values, values.new_tensor(mean), values.new_tensor(std)
 
 
 def _read(uri: str, field: str) -> Any:

@@ -6,16 +6,16 @@ construction and every worker starts again by itself at the row where it stopped
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from itertools import islice
 
 import pyarrow as pa
 import ray.data
 from ray.data import Datasource, ReadTask
-from ray.data.block import Block, BlockMetadata
+from ray.data.block import BlockMetadata
 
+from facm_platform.latents._ray_data import ordered_and_quiet
 from facm_platform.latents.batches import Batch, batches, local_batches
 from facm_platform.latents.stream import LatentStream, StreamTask, read
 from facm_platform.latents.tables import row_bytes, schema
@@ -24,6 +24,7 @@ __all__ = ["Batch", "local_batches", "ray_batches"]
 
 READ_TASK_CPUS = 0.25
 READ_TASKS_AT_ONCE = 2
+READ_AHEAD_BYTES = 512 << 20
 
 # Bounds the plan that Ray Data keeps in memory: a longer stream becomes several executions.
 _TASKS_PER_EXECUTION = 1024
@@ -64,7 +65,7 @@ class _StreamDatasource(Datasource):
     ) -> list[ReadTask]:
         return [
             ReadTask(
-                partial(_read_blocks, task),
+                partial(read, task),
                 BlockMetadata(
                     num_rows=task.rows, size_bytes=_bytes(task), input_files=None, exec_stats=None
                 ),
@@ -73,10 +74,6 @@ class _StreamDatasource(Datasource):
             )
             for task in self._tasks
         ]
-
-
-def _read_blocks(task: StreamTask) -> Iterable[Block]:
-    return read(task)
 
 
 def _bytes(task: StreamTask) -> int:
@@ -91,17 +88,13 @@ def _read_with_ray(tasks: Iterator[StreamTask]) -> Iterator[pa.Table]:
 
 
 def _dataset(tasks: list[StreamTask]) -> ray.data.Dataset:
-    # A worker's log is for its training; what goes wrong in a data set is raised as well.
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
-    dataset: ray.data.Dataset = ray.data.read_datasource(
+    dataset = ray.data.read_datasource(
         _StreamDatasource(tasks),
         num_cpus=READ_TASK_CPUS,
-        concurrency=READ_TASKS_AT_ONCE,
+        concurrency=min(READ_TASKS_AT_ONCE, len(tasks)),
         override_num_blocks=len(tasks),
     )
-    # This data set's own copy: other data sets of the process keep their options.
-    context = dataset.context
-    context.execution_options.preserve_order = True
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
-    return dataset
+    # Without a limit it takes a quarter of the object store, however slowly the rows are used.
+    limits = ray.data.ExecutionResources.for_limits(object_store_memory=READ_AHEAD_BYTES)
+    dataset.context.execution_options.resource_limits = limits
+    return ordered_and_quiet(dataset)

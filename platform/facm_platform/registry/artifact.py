@@ -220,9 +220,8 @@ def _check_tensors(
             continue
         got, wanted = tensors[name], expected[name]
         if got.shape != wanted.shape or got.dtype != wanted.dtype:
-            findings.append(
-                f"{name} is {tuple(got.shape)} {got.dtype}, not {tuple(wanted.shape)} {wanted.dtype}"
-            )
+            shapes = f"{tuple(got.shape)} {got.dtype}, not {tuple(wanted.shape)} {wanted.dtype}"
+            findings.append(f"{name} is {shapes}")
         elif not bool(torch.isfinite(got).all()):
             findings.append(f"{name} has values that are not finite")
     problem = "the tensors are not those of the architecture: " + "; ".join(findings)

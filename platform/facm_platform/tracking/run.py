@@ -38,7 +38,7 @@ class Run:
         return str(self.store.client.get_run(self.run_id).info.artifact_uri)
 
     def log_metrics(self, metrics: Mapping[str, float], images_seen: int) -> None:
-        """Log numbers against a count of images; training uses `MetricSender`, which never waits."""
+        """Log numbers against a count of images. (`MetricSender` does so without waiting.)"""
         now = int(time.time() * 1000)
         entries = [Metric(key, float(value), now, images_seen) for key, value in metrics.items()]
         self.store.client.log_batch(self.run_id, metrics=entries)
@@ -61,6 +61,17 @@ class Run:
     def finish(self, status: Status = "FINISHED") -> None:
         """End the run."""
         self.store.client.set_terminated(self.run_id, status)
+
+
+def check_run_name(field: str, name: str) -> None:
+    """Raise `InvalidInputError` unless `name` can name files and runs."""
+    require(
+        re.fullmatch(r"[\w.-]+", name) is not None,
+        field,
+        name,
+        "not usable as a name of files and runs",
+        "Use letters, digits, dot, dash and underscore",
+    )
 
 
 def open_run(
@@ -86,13 +97,7 @@ def open_run(
         tags: Further lineage, e.g. ``{"teacher_sha256": …}``.
         resume: Continue the latest run of this name and job, if there is one.
     """
-    require(
-        re.fullmatch(r"[\w.-]+", run_name) is not None,
-        "run_name",
-        run_name,
-        "not usable as a name of files and runs",
-        "Use letters, digits, dot, dash and underscore",
-    )
+    check_run_name("run_name", run_name)
     identity = {"facm.run_name": run_name, "facm.job": job}
     found = _latest(store, identity) if resume else None
     if found is None:

@@ -61,6 +61,11 @@ class Store:
     experiment_id: str
 
 
+def embedded_root(storage_uri: str) -> Path:
+    """Folder of the embedded store of a job that keeps its results at `storage_uri`."""
+    return Path("runs" if "://" in storage_uri else storage_uri)
+
+
 def check_store(config: TrackingConfig, root: Path) -> None:
     """Make sure that the store can be reached; creates nothing, so that a dry run may ask.
 
@@ -104,6 +109,8 @@ def new_client(uri: str) -> MlflowClient:
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR", "1")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
+    # A bar per uploaded file would drown what the job itself says.
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     return MlflowClient(tracking_uri=uri, registry_uri=uri)
 
 

@@ -13,12 +13,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch.distributed.checkpoint as dcp
-from torch import nn, optim
+from torch import optim
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from facm_core.ema import PowerEMA
+from facm_core.models import LightningDiT
 
 PROGRESS = "progress.json"
 _PROGRESS_FIELDS = ("images_seen", "skipped_steps", "metrics")
@@ -60,7 +63,7 @@ class TrainState:
         metrics: Of the last log window.
     """
 
-    student: nn.Module
+    student: LightningDiT
     optimizer: optim.Optimizer
     ema: PowerEMA
     images_seen: int = 0
@@ -69,7 +72,7 @@ class TrainState:
 
     def write(self, folder: Path, rank: int) -> None:
         """Write this rank's shards; rank 0 adds the metadata."""
-        dcp.save(self._tensors()[0], checkpoint_id=folder)
+        save(self._tensors()[0], checkpoint_id=folder)
         if rank == 0:
             progress = {name: getattr(self, name) for name in _PROGRESS_FIELDS}
             (folder / PROGRESS).write_text(json.dumps(progress))
@@ -77,7 +80,7 @@ class TrainState:
     def read(self, folder: Path) -> None:
         """Continue where a checkpoint left off; any number of ranks may read it."""
         state, groups = self._tensors()
-        dcp.load(state, storage_reader=PlainReader(folder))
+        load(state, storage_reader=PlainReader(folder))
         set_state_dict(
             self.student,
             self.optimizer,
@@ -95,7 +98,7 @@ class TrainState:
         return state, optimizer["param_groups"]
 
 
-class PlainReader(dcp.FileSystemReader):
+class PlainReader(FileSystemReader):
     """DCP's reader of a folder, with metadata that cannot run code."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
-from omegaconf import MISSING
-
 from facm_core.ema import exponent_of
 from facm_core.errors import require, require_one_of
 from facm_platform.tracking import TrackingConfig
@@ -22,7 +20,7 @@ class RunConfig:
         tracking: MLflow.
     """
 
-    name: str = MISSING
+    name: str
     storage_uri: str = "runs"
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
@@ -35,7 +33,7 @@ class DataConfig:
         uri: Folder or ``s3://`` prefix that jobs/encode.py wrote.
     """
 
-    uri: str = MISSING
+    uri: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +82,7 @@ class TrainConfig:
         max_skipped_in_a_row: Non-finite steps are skipped; this many in a row end the run.
     """
 
-    images: int = MISSING
+    images: int
     global_batch_size: int = 1024
     learning_rate: float = 1e-4
     betas: tuple[float, float] = (0.9, 0.999)

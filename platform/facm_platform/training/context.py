@@ -11,6 +11,7 @@ from typing import Protocol
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore
 
 from facm_platform.latents import Batch, LatentStream, local_batches
 
@@ -72,7 +73,7 @@ class LocalContext:
 @contextmanager
 def single_process_group() -> Iterator[None]:
     """A process group of this process alone, which FSDP2 needs also where nothing is shared."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
     try:
         yield
     finally:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-from omegaconf import MISSING
-
 from facm_core.errors import require
 from facm_core.objectives import FACMConfig
 from facm_platform.config import JobResult, config_hash
@@ -25,7 +23,7 @@ class TeacherConfig:
         uri: Folder of its model artefact.
     """
 
-    uri: str = MISSING
+    uri: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,11 +39,11 @@ class DistillConfig:
         workers: Ray Train workers.
     """
 
-    run: RunConfig = field(default_factory=RunConfig)
-    data: DataConfig = field(default_factory=DataConfig)
-    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    run: RunConfig
+    data: DataConfig
+    teacher: TeacherConfig
     objective: FACMConfig = field(default_factory=FACMConfig)
-    train: TrainConfig = field(default_factory=TrainConfig)
+    train: TrainConfig
     workers: WorkersConfig = field(default_factory=WorkersConfig)
 
 
@@ -164,7 +162,8 @@ def _check_teacher(config: DistillConfig, teacher: Artifact, manifest: LatentMan
     )
     # Another normalisation is the costliest silent error there is: FID above 130.
     require(
-        (teacher.config.mean, teacher.config.std) == (manifest.mean, manifest.std),
+        (teacher.config.normalisation_mean, teacher.config.normalisation_std)
+        == (manifest.mean, manifest.std),
         "teacher.uri",
         uri,
         "the teacher was trained under another normalisation than data.uri has",

@@ -11,7 +11,7 @@ from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
 from facm_platform.cluster import require_cpus
-from facm_platform.latents.source import READ_CPUS
+from facm_platform.latents.source import READ_TASK_CPUS
 from facm_platform.training.config import WorkersConfig
 from facm_platform.training.loop import train
 from facm_platform.training.ray_context import RayContext
@@ -30,13 +30,13 @@ def launch(task: TrainingTask, workers: WorkersConfig) -> dict[str, float]:
     Raises:
         ray.train.TrainingFailedError: the workers failed more often than allowed.
     """
-    require_cpus("workers.count", workers.count * workers.cpus, spare=READ_CPUS)
+    require_cpus("workers.count", workers.count * workers.cpus, spare=READ_TASK_CPUS)
     # How often the controller looks at its workers, which is what a checkpoint's report waits for.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "120")
     storage, _, name = task.folder_uri.rpartition("/")
     trainer = TorchTrainer(
-        _work,
+        cast(Any, _work),  # typed for Train V1, which returned nothing
         train_loop_config={"task": task, "threads": max(1, int(workers.cpus))},
         scaling_config=ScalingConfig(
             num_workers=workers.count,
@@ -49,12 +49,13 @@ def launch(task: TrainingTask, workers: WorkersConfig) -> dict[str, float]:
             checkpoint_config=CheckpointConfig(num_to_keep=task.train.keep_checkpoints),
             failure_config=FailureConfig(
                 max_failures=workers.max_failures,
-                controller_failure_limit=_CONTROLLER_FAILURES,
+                controller_failure_limit=_CONTROLLER_FAILURES,  # type: ignore[call-arg]
             ),
         ),
     )
     result = trainer.fit()
-    return cast(dict[str, float], result.return_value)
+    # Not result.metrics: that holds only what was reported with a checkpoint.
+    return cast(dict[str, float], cast(Any, result).return_value)
 
 
 def _work(config: dict[str, Any]) -> dict[str, float]:

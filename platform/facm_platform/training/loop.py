@@ -178,7 +178,7 @@ class _Trainer:
     @contextmanager
     def _metric_sender(self) -> Iterator[MetricSender | None]:
         """Rank 0's way to MLflow."""
-        if self.context.rank != 0:
+        if self.context.rank != 0 or self.task.run_id is None:
             yield None
             return
         spool = Path(tempfile.gettempdir()) / "facm_metrics" / f"{self.task.run_id}.jsonl"

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
-from omegaconf import MISSING
 
 from facm_core.errors import InvalidInputError
 from facm_core.guidance import GuidanceConfig
@@ -32,10 +31,10 @@ class NetworkConfig:
         mlp_ratio: Width of the SwiGLU, before its ⅔.
     """
 
-    patch_size: int = MISSING
-    hidden_size: int = MISSING
-    depth: int = MISSING
-    num_heads: int = MISSING
+    patch_size: int
+    hidden_size: int
+    depth: int
+    num_heads: int
     mlp_ratio: float = 4.0
 
     def on(self, manifest: LatentManifest) -> LightningDiTConfig:
@@ -67,12 +66,12 @@ class PretrainConfig:
         workers: Ray Train workers.
     """
 
-    run: RunConfig = field(default_factory=RunConfig)
-    data: DataConfig = field(default_factory=DataConfig)
-    network: NetworkConfig = field(default_factory=NetworkConfig)
+    run: RunConfig
+    data: DataConfig
+    network: NetworkConfig
     objective: FlowMatchingConfig = field(default_factory=FlowMatchingConfig)
     sampling: GuidanceConfig = field(default_factory=GuidanceConfig)
-    train: TrainConfig = field(default_factory=TrainConfig)
+    train: TrainConfig
     workers: WorkersConfig = field(default_factory=WorkersConfig)
 
 
@@ -122,8 +121,8 @@ class PretrainPlan:
             guidance_low=config.sampling.low,
             guidance_high=config.sampling.high,
             recommended_nfe=(50,),
-            mean=manifest.mean,
-            std=manifest.std,
+            normalisation_mean=manifest.mean,
+            normalisation_std=manifest.std,
             autoencoder_id=manifest.autoencoder_id,
             autoencoder_sha256=manifest.autoencoder_sha256,
             latent_manifest_sha256=manifest.sha256,

@@ -10,7 +10,8 @@ from pathlib import Path
 import ray.train
 import ray.train.torch
 
-from facm_platform.latents import Batch, LatentStream, ray_batches
+from facm_platform.latents import Batch, LatentStream
+from facm_platform.latents.source import ray_batches
 from facm_platform.training.context import WriteCheckpoint
 
 

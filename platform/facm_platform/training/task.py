@@ -25,7 +25,7 @@ class TrainingTask:
             training from scratch.
         artifact: Description of the model that will come out, its architecture included.
         tracking_uri: MLflow store.
-        run_id: MLflow run that receives the metrics.
+        run_id: MLflow run that receives the metrics; None for none.
     """
 
     job: str
@@ -36,7 +36,7 @@ class TrainingTask:
     teacher_uri: str | None
     artifact: ArtifactConfig
     tracking_uri: str
-    run_id: str
+    run_id: str | None
 
     @property
     def artifact_uri(self) -> str:

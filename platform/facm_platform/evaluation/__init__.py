@@ -1,0 +1,6 @@
+"""Evaluation: numbers that carry their protocol, and pictures for the eye."""
+
+from facm_platform.evaluation.protocol import Protocol
+from facm_platform.evaluation.report import EvaluationResult, Score
+
+__all__ = ["EvaluationResult", "Protocol", "Score"]

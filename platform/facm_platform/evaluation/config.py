@@ -1,0 +1,129 @@
+"""What an evaluation is told, and whether its inputs belong together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from facm_core.errors import require
+from facm_platform.evaluation.features import FeatureExtractor
+from facm_platform.evaluation.real import image_shape
+from facm_platform.latents import LatentManifest
+from facm_platform.registry import Artifact
+from facm_platform.registry.versions import check_model_name
+from facm_platform.training.config import DataConfig, RunConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """Recipe of jobs/evaluate.py.
+
+    Attributes:
+        run: Name and place of the results.
+        data: The latent set, which is the reference.
+        student_uri: Model artefact to measure.
+        teacher_uri: Its teacher, to compare with; None for the student alone.
+        features_uri: Feature extractor that jobs/fit_features.py wrote.
+        samples: Number of samples; a multiple of the number of classes.
+        nfe: Step counts of the student.
+        teacher_nfe: Step counts of the teacher (Euler; guided steps call the network twice).
+        batch_size: Samples an actor computes at once: memory and speed only.
+        actors: Ray actors, one CPU each.
+        gpu: One GPU for each actor.
+        seed: Of all noise; part of the protocol.
+        register_as: Register the student under this name, as challenger; None: do not.
+    """
+
+    run: RunConfig
+    data: DataConfig
+    student_uri: str
+    teacher_uri: str | None = None
+    features_uri: str
+    samples: int = 5000
+    nfe: tuple[int, ...] = (1, 2, 4)
+    teacher_nfe: tuple[int, ...] = (1, 2, 4, 50)
+    batch_size: int = 64
+    actors: int = 2
+    gpu: bool = False
+    seed: int = 0
+    register_as: str | None = None
+
+    def __post_init__(self) -> None:
+        require(self.samples >= 2, "samples", self.samples, "below 2", "Use at least 2")
+        for name in ("batch_size", "actors"):
+            value = getattr(self, name)
+            require(value >= 1, name, value, "below 1", "Use a whole number from 1")
+        require(self.seed >= 0, "seed", self.seed, "negative", "Use 0 or more")
+        for name in ("nfe", "teacher_nfe"):
+            steps = getattr(self, name)
+            fits = bool(steps) and min(steps) >= 1 and len(set(steps)) == len(steps)
+            require(fits, name, steps, "not different step counts from 1", "Use e.g. [1,2,4]")
+        if self.register_as is not None:
+            check_model_name("register_as", self.register_as)
+
+
+def check_together(
+    config: EvaluateConfig,
+    manifest: LatentManifest,
+    features: FeatureExtractor,
+    student: Artifact,
+    teacher: Artifact | None,
+) -> None:
+    """Raise `InvalidInputError` unless these inputs belong together."""
+    require(
+        config.samples % manifest.num_classes == 0,
+        "samples",
+        config.samples,
+        f"not a multiple of the {manifest.num_classes} classes, which get equally many each",
+        f"Use e.g. {-(-config.samples // manifest.num_classes) * manifest.num_classes}",
+    )
+    _check_model("student_uri", config.student_uri, "student", student, manifest)
+    require(
+        student.config.latent_manifest_sha256 == manifest.sha256,
+        "student_uri",
+        config.student_uri,
+        f"it was trained on the latent set {student.config.latent_manifest_sha256[:12]}…, "
+        f"data.uri is {manifest.sha256[:12]}…",
+        "Use the latent set of its training",
+    )
+    _check_features(config.features_uri, features, manifest)
+    if teacher is None:
+        return
+    assert config.teacher_uri is not None
+    _check_model("teacher_uri", config.teacher_uri, "teacher", teacher, manifest)
+    require(
+        student.config.teacher_sha256 == teacher.sha256,
+        "teacher_uri",
+        config.teacher_uri,
+        f"the student's teacher has sha256 {student.config.teacher_sha256}, this one "
+        f"{teacher.sha256}",
+        "Give the teacher the student was distilled from, or none",
+    )
+
+
+def _check_model(
+    field: str, uri: str, role: str, artifact: Artifact, manifest: LatentManifest
+) -> None:
+    config = artifact.config
+    same_set = "Use the latent set of its training"
+    require(config.role == role, field, uri, f"it is a {config.role}", f"Give a {role}'s artefact")
+    for what, ours, theirs in (
+        ("latents", config.latent_shape, tuple(manifest.latent_shape)),
+        ("classes", config.architecture.num_classes, manifest.num_classes),
+        ("mean", config.normalisation_mean, manifest.mean),
+        ("std", config.normalisation_std, manifest.std),
+        ("autoencoder", config.autoencoder_sha256, manifest.autoencoder_sha256),
+    ):
+        problem = f"its {what} are {ours}, those of data.uri {theirs}"
+        require(ours == theirs, field, uri, problem, same_set)
+
+
+def _check_features(uri: str, features: FeatureExtractor, manifest: LatentManifest) -> None:
+    info = features.info
+    again = "Fit it to this latent set with jobs/fit_features.py"
+    for what, ours, theirs in (
+        ("images", (info.channels, info.size, info.size), image_shape(manifest)),
+        ("classes", info.num_classes, manifest.num_classes),
+        ("latent set", info.latent_manifest_sha256, manifest.sha256),
+    ):
+        problem = f"its {what} was {ours}, of data.uri it is {theirs}"
+        require(ours == theirs, "features_uri", uri, problem, again)

@@ -1,0 +1,248 @@
+"""Evaluation of a student and its teacher: numbers, pictures, and a registered version."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from facm_core.metrics import self_test
+from facm_platform.cluster import connect, require_cpus
+from facm_platform.config import JobResult
+from facm_platform.evaluation.config import EvaluateConfig, check_together
+from facm_platform.evaluation.engine import Engine, Measured, Workload
+from facm_platform.evaluation.features import FeatureExtractor, load_features
+from facm_platform.evaluation.protocol import Protocol
+from facm_platform.evaluation.report import (
+    SHEET,
+    EvaluationResult,
+    Score,
+    as_card,
+    as_json,
+    as_table,
+)
+from facm_platform.evaluation.sheet import Group, draw_sheet
+from facm_platform.latents import LatentManifest
+from facm_platform.registry import Artifact, load_artifact
+from facm_platform.registry.artifact import CARD, CONFIG, WEIGHTS
+from facm_platform.registry.versions import Version, register_version
+from facm_platform.storage import absolute, check_reachable, join, local_copy, write_bytes
+from facm_platform.tracking import (
+    Run,
+    check_run_name,
+    check_store,
+    connect_store,
+    embedded_root,
+    open_run,
+)
+
+__all__ = ["EvaluateConfig", "EvaluatePlan", "prepare"]
+
+# The sheet is for the eye: of a thousand classes it shows the first.
+_SHEET_CLASSES, _SHEET_SAMPLES = 20, 3
+_MODEL_FOLDER = "model"
+
+
+@dataclass(frozen=True)
+class EvaluatePlan:
+    """A validated `EvaluateConfig` with what it names, loaded."""
+
+    config: EvaluateConfig
+    folder_uri: str
+    manifest: LatentManifest
+    features: FeatureExtractor
+    student: Artifact
+    teacher: Artifact | None
+
+    @property
+    def protocol(self) -> Protocol:
+        """Meaning of the numbers."""
+        return Protocol(
+            extractor=self.features.info.name,
+            extractor_sha256=self.features.sha256,
+            reference_sha256=self.manifest.sha256,
+            samples=self.config.samples,
+            seed=self.config.seed,
+        )
+
+    def describe(self) -> str:
+        """What would be measured."""
+        steps = f"student in {list(self.config.nfe)} steps"
+        if self.teacher is not None:
+            steps += f", teacher in {list(self.config.teacher_nfe)}"
+        register = self.config.register_as
+        return (
+            f"evaluate {self.config.run.name}: {steps}, {self.config.samples:,} samples each, on "
+            f"{self.config.actors} actors, to {self.folder_uri}\n"
+            f"protocol: {self.protocol.id} (features {self.features.uri}, test accuracy "
+            f"{self.features.accuracy:.2%}; reference {self.manifest.rows:,} rows)\n"
+            f"student: {self.student.uri} (sha256 {self.student.sha256})"
+            + (f"\nregister as {register}, challenger" if register else "")
+        )
+
+    def execute(self) -> JobResult:
+        """Evaluate and say where everything is."""
+        result = self.evaluate()
+        return JobResult(
+            run_id=result.run_id,
+            run_name=self.config.run.name,
+            artifact_uri=self.folder_uri,
+            metrics=result.metrics(),
+        )
+
+    def evaluate(self) -> EvaluationResult:
+        """Measure on the cluster, under one MLflow run; write sheet, table, card; register."""
+        self_test()
+        config = self.config
+        store = connect_store(config.run.tracking, embedded_root(config.run.storage_uri))
+        tags = self._lineage()
+        run = open_run(store, config.run.name, job="evaluate", config=config, tags=tags)
+        try:
+            connect()
+            require_cpus("actors", config.actors, spare=0)
+            reference, measured = self._measure()
+            scores = {
+                model: {
+                    steps: Score(part.statistics.distance(reference.statistics), part.agreement)
+                    for steps, part in by_steps.items()
+                }
+                for model, by_steps in measured.items()
+            }
+            self._write_report(run, reference, measured, scores)
+            version = self._register(run, scores)
+            result = EvaluationResult(
+                run_id=run.run_id,
+                protocol=self.protocol,
+                scores=scores,
+                reference_agreement=reference.agreement,
+                sample_sheet=join(self.folder_uri, SHEET),
+                model_name=version.model if version else None,
+                model_version=version.number if version else None,
+            )
+            run.log_metrics(result.metrics(), images_seen=self.student.config.images_seen)
+        except BaseException:
+            run.finish("FAILED")
+            raise
+        run.finish()
+        return result
+
+    def _measure(self) -> tuple[Measured, dict[str, dict[int, Measured]]]:
+        """The reference, and every model at each of its step counts; the teacher first."""
+        workload = Workload(
+            protocol=self.protocol,
+            data_uri=absolute(self.config.data.uri, "data.uri"),
+            manifest=self.manifest,
+            features_uri=self.features.uri,
+            shown_classes=min(self.manifest.num_classes, _SHEET_CLASSES),
+            shown_samples=_SHEET_SAMPLES,
+            batch_size=self.config.batch_size,
+            device="cuda" if self.config.gpu else "cpu",
+        )
+        todo = [("student", self.student.uri, steps) for steps in self.config.nfe]
+        if self.teacher is not None:
+            todo[:0] = [("teacher", self.teacher.uri, steps) for steps in self.config.teacher_nfe]
+        measured: dict[str, dict[int, Measured]] = {}
+        with Engine(workload, self.config.actors) as engine:
+            reference = engine.reference()
+            for model, uri, steps in todo:
+                part = engine.samples(uri, steps)
+                measured.setdefault(model, {})[steps] = part
+                fid = part.statistics.distance(reference.statistics)
+                print(
+                    f"{model} at {steps} step(s): FID {fid:.2f}, agreement {part.agreement:.1%}",
+                    flush=True,
+                )
+        return reference, measured
+
+    def _write_report(
+        self,
+        run: Run,
+        reference: Measured,
+        measured: Mapping[str, Mapping[int, Measured]],
+        scores: Mapping[str, Mapping[int, Score]],
+    ) -> None:
+        """Sheet, table and JSON into the run's folder and MLflow; the card beside the student."""
+        card = as_card(self.student.config, self.student.sha256, self.protocol, scores).encode()
+        texts = {
+            "evaluation.json": as_json(self.protocol, scores, reference.agreement),
+            "evaluation.md": as_table(self.protocol, scores),
+        }
+        for name, text in texts.items():
+            write_bytes(join(self.folder_uri, name), text.encode())
+            run.log_text(text, name)
+        with tempfile.TemporaryDirectory(prefix="facm-") as folder:
+            sheet = Path(folder) / SHEET
+            classes = min(self.manifest.num_classes, _SHEET_CLASSES)
+            draw_sheet(sheet, _groups(reference, measured, scores), classes, _SHEET_SAMPLES)
+            run.log_artifact(sheet)
+            for uri in (self.folder_uri, self.student.uri):
+                write_bytes(join(uri, SHEET), sheet.read_bytes())
+        write_bytes(join(self.student.uri, CARD), card)
+
+    def _register(self, run: Run, scores: Mapping[str, Mapping[int, Score]]) -> Version | None:
+        """Copy the student's artefact to the run and make it the challenger."""
+        if self.config.register_as is None:
+            return None
+        with local_copy(self.student.uri) as folder:
+            for name in (WEIGHTS, CONFIG, CARD, SHEET):
+                run.log_artifact(folder / name, _MODEL_FOLDER)
+        tags = self._lineage() | {
+            f"fid_nfe{steps}": repr(score.fid) for steps, score in scores["student"].items()
+        }
+        description = f"FACM student, {as_table(self.protocol, scores)}"
+        return register_version(run, self.config.register_as, _MODEL_FOLDER, tags, description)
+
+    def _lineage(self) -> dict[str, str]:
+        student = self.student.config
+        lineage = {
+            "model_sha256": self.student.sha256,
+            "manifest_sha256": self.manifest.sha256,
+            "extractor_sha256": self.features.sha256,
+            "protocol_id": self.protocol.id,
+            "training_config_hash": student.config_hash,
+        }
+        if student.teacher_sha256 is not None:
+            lineage["teacher_sha256"] = student.teacher_sha256
+        return lineage
+
+
+def prepare(config: EvaluateConfig) -> EvaluatePlan:
+    """Load and check everything an evaluation needs, without touching a cluster.
+
+    Raises:
+        InvalidInputError: something missing or damaged, inputs that do not belong together,
+            storage or MLflow out of reach.
+    """
+    check_run_name("run.name", config.run.name)
+    storage_uri = absolute(config.run.storage_uri, "run.storage_uri")
+    check_reachable(storage_uri, "run.storage_uri")
+    check_store(config.run.tracking, embedded_root(config.run.storage_uri))
+    manifest = LatentManifest.load(config.data.uri)
+    features = load_features(config.features_uri)
+    student = load_artifact(config.student_uri, "student_uri")
+    teacher = None
+    if config.teacher_uri is not None:
+        teacher = load_artifact(config.teacher_uri, "teacher_uri")
+    check_together(config, manifest, features, student, teacher)
+    folder_uri = join(storage_uri, config.run.name)
+    return EvaluatePlan(config, folder_uri, manifest, features, student, teacher)
+
+
+def _groups(
+    reference: Measured,
+    measured: Mapping[str, Mapping[int, Measured]],
+    scores: Mapping[str, Mapping[int, Score]],
+) -> list[Group]:
+    """Real images; the teacher at its most and its fewest steps; the student at each."""
+    groups = [Group("real", "the latent set", reference.shown)]
+    teacher = measured.get("teacher", {})
+    # The dictionary drops the second of two equal counts.
+    ends = dict.fromkeys((max(teacher), min(teacher))) if teacher else {}
+    columns = [("teacher", steps) for steps in ends]
+    columns += [("student", steps) for steps in sorted(measured["student"])]
+    for model, steps in columns:
+        noun = "step" if steps == 1 else "steps"
+        subheading = f"{steps} {noun} · FID {scores[model][steps].fid:.3g}"
+        groups.append(Group(model, subheading, measured[model][steps].shown))
+    return groups

@@ -1,0 +1,110 @@
+"""Versions of a registered model: what is written with each, and how it is found again."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlflow.artifacts
+from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import RESOURCE_ALREADY_EXISTS, ErrorCode
+from mlflow.tracking import MlflowClient
+
+from facm_core.errors import require
+from facm_platform.tracking import Run
+
+CHALLENGER, CHAMPION = "challenger", "champion"
+_PREFIX = "facm."
+
+
+@dataclass(frozen=True)
+class Version:
+    """A registered version.
+
+    Attributes:
+        model: Name of the registered model.
+        number: Its version, as MLflow counts.
+        source: Address of the artefact.
+        run_id: Run that registered it.
+        tags: Ours, without their prefix.
+    """
+
+    model: str
+    number: str
+    source: str
+    run_id: str
+    tags: dict[str, str]
+
+    @property
+    def protocol_id(self) -> str | None:
+        """Evaluation protocol of its FIDs."""
+        return self.tags.get("protocol_id")
+
+    def fid(self, nfe: int) -> float | None:
+        """Its FID at `nfe` steps, if it was measured."""
+        value = self.tags.get(f"fid_nfe{nfe}")
+        return None if value is None else float(value)
+
+    def __str__(self) -> str:
+        return f"{self.model} version {self.number}"
+
+
+def check_model_name(field: str, name: str) -> None:
+    """Raise `InvalidInputError` unless MLflow takes `name` for a registered model."""
+    fits = bool(name.strip()) and not set(name) & set("/:'\"")
+    remedy = "Use a name without slash, colon and quotes"
+    require(fits, field, name, "not usable as a model name", remedy)
+
+
+def register_version(
+    run: Run, model: str, folder: str, tags: Mapping[str, str], description: str
+) -> Version:
+    """Register what the run keeps in its artifact `folder` as the new challenger of `model`."""
+    client = run.store.client
+    try:
+        client.create_registered_model(model)
+    except MlflowException as error:
+        if error.error_code != ErrorCode.Name(RESOURCE_ALREADY_EXISTS):
+            raise
+    created = client.create_model_version(
+        model,
+        source=f"{run.artifact_uri}/{folder}",
+        run_id=run.run_id,
+        tags={_PREFIX + key: value for key, value in tags.items()},
+        description=description,
+    )
+    number = str(created.version)
+    client.set_registered_model_alias(model, CHALLENGER, number)
+    return Version(model, number, str(created.source), run.run_id, dict(tags))
+
+
+def find_version(client: MlflowClient, model: str, alias: str) -> Version | None:
+    """The version that carries `alias`; None when the model or the alias does not exist."""
+    # Not get_model_version_by_alias: its error is the same for a missing alias and a bad request.
+    found = [m for m in client.search_registered_models(f"name = '{model}'") if m.name == model]
+    if not found or alias not in found[0].aliases:
+        return None
+    version = client.get_model_version(model, str(found[0].aliases[alias]))
+    tags = {
+        key.removeprefix(_PREFIX): value
+        for key, value in version.tags.items()
+        if key.startswith(_PREFIX)
+    }
+    return Version(model, str(version.version), str(version.source), str(version.run_id), tags)
+
+
+@contextmanager
+def downloaded(version: Version, tracking_uri: str) -> Iterator[Path]:
+    """A local copy of a version's artefact, gone when the block ends.
+
+    Raises:
+        MlflowException, OSError: it is not there any more.
+    """
+    with tempfile.TemporaryDirectory(prefix="facm-") as folder:
+        path = mlflow.artifacts.download_artifacts(
+            artifact_uri=version.source, dst_path=folder, tracking_uri=tracking_uri
+        )
+        yield Path(path)

@@ -1,0 +1,53 @@
+"""What makes two numbers comparable, and what happens to an image before it is measured."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+
+import pytest
+import torch
+
+from facm_platform.evaluation import Protocol
+from facm_platform.evaluation.protocol import dequantise, quantise
+
+PROTOCOL = Protocol(
+    extractor="digits", extractor_sha256="a" * 64, reference_sha256="b" * 64, samples=50, seed=3
+)
+
+
+def test_the_id_is_readable_and_changes_with_every_field() -> None:
+    assert re.fullmatch(r"digits-50-[0-9a-f]{12}", PROTOCOL.id)
+    assert dataclasses.replace(PROTOCOL).id == PROTOCOL.id
+    ids = {PROTOCOL.id}
+    for field in dataclasses.fields(Protocol):
+        value = getattr(PROTOCOL, field.name)
+        changed = value + 1 if isinstance(value, int) else value + "x"
+        ids.add(dataclasses.replace(PROTOCOL, **{field.name: changed}).id)
+    assert len(ids) == 1 + len(dataclasses.fields(Protocol))
+
+
+def test_labels_are_balanced_and_seeds_belong_to_the_sample() -> None:
+    labels = PROTOCOL.sample_labels(0, 50, 10)
+    assert labels.bincount().tolist() == [5] * 10
+    assert torch.equal(PROTOCOL.sample_labels(7, 21, 10), labels[7:21])
+    seeds = PROTOCOL.sample_seeds(0, 50)
+    assert PROTOCOL.sample_seeds(7, 21) == seeds[7:21]
+    assert seeds[0] == 3 * 2**32
+    other = dataclasses.replace(PROTOCOL, seed=2).sample_seeds(0, 50)
+    assert len({*seeds, *other}) == 100
+
+
+def test_quantisation_rounds_to_the_nearest_of_256_levels_and_clips() -> None:
+    levels = torch.arange(256, dtype=torch.float64) / 127.5 - 1
+    expected = torch.arange(256, dtype=torch.uint8)
+    assert torch.equal(quantise(levels), expected)
+    assert torch.equal(quantise(levels + 0.49 / 127.5), expected)
+    assert quantise(torch.tensor([-1.7, 1.7])).tolist() == [0, 255]
+    assert torch.equal(dequantise(expected, torch.float64), levels)
+
+
+def test_precision_is_a_dtype() -> None:
+    assert PROTOCOL.dtype == torch.float64
+    with pytest.raises(KeyError):
+        _ = dataclasses.replace(PROTOCOL, precision="float8").dtype
