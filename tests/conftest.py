@@ -17,7 +17,9 @@ from pathlib import Path
 import boto3
 import pytest
 
+from facm_platform.latents import LatentManifest
 from facm_platform.tracking import Store, TrackingConfig, connect_store
+from tests.small import artifact_config, write_digits, write_model
 
 
 class TrackingServer:
@@ -152,3 +154,19 @@ def ray_cluster(object_store: None) -> Iterator[None]:
     )
     yield
     ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def digits_uri(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The digits as a latent set."""
+    folder = tmp_path_factory.mktemp("digits")
+    write_digits(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def teacher_uri(tmp_path_factory: pytest.TempPathFactory, digits_uri: str) -> str:
+    """A teacher of the digits with random weights."""
+    folder = tmp_path_factory.mktemp("teacher")
+    write_model(folder, artifact_config(LatentManifest.load(digits_uri)))
+    return str(folder)

@@ -56,7 +56,7 @@ def chain_jvp(
                 f"tangent d{name} has shape {tuple(tangent.shape)}, "
                 f"but {name} has {tuple(primal.shape)}: give one tangent per value"
             )
-    blocks = list(model.blocks) if recompute else []
+    blocks = list(dict.fromkeys(model.blocks)) if recompute else []  # a shared block once
     outputs: list[Tensor] = []
     with _replaced_forward(blocks, partial(_remember, outputs)):
         value, tangent = _dual_pass(model, primals, tangents, extra, kwargs)
@@ -90,13 +90,17 @@ def _replaced_forward(
     blocks: list[nn.Module], replacement: Callable[..., Tensor]
 ) -> Iterator[None]:
     """Let ``block(…)`` call ``replacement(block.forward, …)`` inside the block's hooks."""
+    own = [vars(block).get("forward") for block in blocks]
     for block in blocks:
         block.forward = partial(replacement, block.forward)
     try:
         yield
     finally:
-        for block in blocks:
-            del block.forward  # the instance attribute: the class's own method shows again
+        for block, forward in zip(blocks, own, strict=True):
+            if forward is None:
+                del block.forward  # the instance attribute: the class's own method shows again
+            else:
+                block.forward = forward  # some libraries wrap a single instance
 
 
 def _remember(outputs: list[Tensor], forward: Forward, *args: Any, **kwargs: Any) -> Tensor:
@@ -140,8 +144,9 @@ class _Recompute(torch.autograd.Function):
         args, kwargs = tree_unflatten(leaves, ctx.structure)
         with torch.enable_grad():
             value = ctx.block(*args, **kwargs)
-        # Not autograd.grad: parameters' gradients accumulate where FSDP's hooks look for them.
-        torch.autograd.backward(value, gradients)
+        if value.requires_grad:  # unless the block and all before it are frozen
+            # Not autograd.grad: parameters' gradients accumulate where FSDP's hooks look for them.
+            torch.autograd.backward(value, gradients)
         input_gradients = (
             leaf.grad if wanted else None for leaf, wanted in zip(leaves, needed, strict=True)
         )

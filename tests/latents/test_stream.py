@@ -1,6 +1,7 @@
 """The order of a set: exactly once per epoch, seeded, resumable at any row, in bounded memory."""
 
 import dataclasses
+import itertools
 import pickle
 import time
 import tracemalloc
@@ -16,11 +17,11 @@ from facm_core.errors import InvalidInputError
 from facm_platform.latents import LatentManifest, LatentStream, Part
 from facm_platform.latents.stream import permutation, read
 from facm_platform.latents.tables import labels_of, latents_of
-from tests.latents.conftest import ROW_BYTES, SHAPE, rows
+from tests.latents.conftest import PART_ROWS, ROW_BYTES, ROW_GROUP_ROWS, ROWS, SHAPE, rows
 
 Set = tuple[str, LatentManifest]
 
-EVERY_KEY = {key for part, count in enumerate((50, 37, 3)) for key in rows(part, count)[2]}
+EVERY_KEY = {key for part, count in enumerate(PART_ROWS) for key in rows(part, count)[2]}
 
 
 def stream_of(latent_set: Set, *, seed: int = 0, lanes: int = 1, window: int = 20) -> LatentStream:
@@ -50,14 +51,14 @@ def test_every_row_exactly_once_per_epoch_over_all_lanes(
             start = epoch * rows_per_epoch
             seen.update(keys(stream, lane, start, start + rows_per_epoch))
         assert seen == Counter(EVERY_KEY)
-        assert seen.total() == 90
+        assert seen.total() == ROWS
 
 
 def test_rows_stay_whole(latent_set: Set) -> None:
-    table = read_rows(stream_of(latent_set), 0, 0, 180)
+    table = read_rows(stream_of(latent_set), 0, 0, 2 * ROWS)
     stored = {
         key: (latent, label)
-        for part, count in enumerate((50, 37, 3))
+        for part, count in enumerate(PART_ROWS)
         for latent, label, key in zip(*rows(part, count), strict=True)
     }
     latents, labels = latents_of(table), labels_of(table)
@@ -67,17 +68,43 @@ def test_rows_stay_whole(latent_set: Set) -> None:
 
 
 def test_one_seed_one_order_and_each_epoch_another(latent_set: Set) -> None:
-    first = keys(stream_of(latent_set), 0, 0, 180)
+    first = keys(stream_of(latent_set), 0, 0, 2 * ROWS)
 
-    assert keys(stream_of(latent_set), 0, 0, 180) == first
-    assert keys(stream_of(latent_set, seed=1), 0, 0, 180) != first
-    assert first[:90] != first[90:]
-    assert first[:90] != sorted(first[:90])
+    assert keys(stream_of(latent_set), 0, 0, 2 * ROWS) == first
+    assert keys(stream_of(latent_set, seed=1), 0, 0, 2 * ROWS) != first
+    assert first[:ROWS] != first[ROWS:]
+    assert first[:ROWS] != sorted(first[:ROWS])
+
+
+def test_each_epoch_takes_the_row_groups_in_another_order(latent_set: Set) -> None:
+    in_order = keys(stream_of(latent_set, window=1), 0, 0, 2 * ROWS)
+    groups = [(key[0], int(key[2:]) // ROW_GROUP_ROWS) for key in in_order]
+    changes = [group for group, _ in itertools.groupby(groups)]
+    first, second = changes[:15], changes[-15:]
+    assert len(set(first)) == len(set(second)) == 15
+    assert first != second
+    assert first != sorted(first)
+
+
+def test_no_two_windows_are_shuffled_alike(latent_set: Set) -> None:
+    seeds = [
+        window.seed
+        for seed in (0, 1)
+        for lane in (0, 1)
+        for task in stream_of(latent_set, seed=seed, lanes=2).tasks(lane, 0, 3 * 45)
+        for window in task.windows
+    ]
+    # Two seeds, two lanes, three epochs, three windows of at most twenty rows.
+    assert len(seeds) >= 2 * 2 * 3 * 3
+    assert len(set(seeds)) == len(seeds)
 
 
 def test_a_window_mixes_its_row_groups(latent_set: Set) -> None:
     """Without the shuffle of the window, the first seven rows would be of one row group."""
-    groups = {(k[:1], int(k[2:]) // 7) for k in keys(stream_of(latent_set, window=90), 0, 0, 7)}
+    groups = {
+        (k[:1], int(k[2:]) // ROW_GROUP_ROWS)
+        for k in keys(stream_of(latent_set, window=90), 0, 0, 7)
+    }
     assert len(groups) >= 3
 
 
@@ -95,13 +122,13 @@ def test_a_resumed_lane_gives_the_rest_of_the_undisturbed_one(latent_set: Set, s
 def test_the_order_is_the_one_of_the_first_release(latent_set: Set) -> None:
     """A run that was started before an upgrade must find its order again after it."""
     assert permutation(8, (1, 2, 3)).tolist() == [1, 3, 7, 5, 2, 0, 4, 6]
-    assert keys(stream_of(latent_set), 0, 0, 4) == ["1/00029", "0/00028", "1/00019", "0/00037"]
+    assert keys(stream_of(latent_set), 0, 0, 4) == ["1/00023", "1/00024", "1/00027", "1/00022"]
 
 
 def test_a_tiny_set_for_many_epochs_is_a_few_tasks(latent_set: Set) -> None:
-    tasks = list(stream_of(latent_set, window=1000).tasks(0, 0, 90 * 3000))
-    # 3,000 epochs of 90 rows of 128 bytes are 34.6 MB, in tasks of at most 16 MiB.
-    assert sum(task.rows for task in tasks) == 270_000
+    tasks = list(stream_of(latent_set, window=1000).tasks(0, 0, 3000 * ROWS))
+    # 3,000 epochs of 91 rows of 128 bytes are 34.9 MB, in tasks of at most 16 MiB.
+    assert sum(task.rows for task in tasks) == 273_000
     assert len(tasks) == 3
 
 
@@ -146,7 +173,7 @@ def test_a_flipped_byte_is_found_and_its_part_named(own_set: Set) -> None:
 
     stream = stream_of((uri, LatentManifest.load(uri)))
     with pytest.raises(InvalidInputError, match=r"part = .*part-00001.parquet.*CRC.*Restore"):
-        read_rows(stream, 0, 0, 90)
+        read_rows(stream, 0, 0, ROWS)
 
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "gone", "other", "other shape"])
@@ -156,7 +183,7 @@ def test_a_damaged_part_is_named(own_set: Set, make_set, damage: str) -> None:
     if damage == "gone":
         file.unlink()
     elif damage == "other":
-        file.write_bytes(Path(uri, manifest.parts[2].name).read_bytes())
+        file.write_bytes(Path(uri, manifest.parts[0].name).read_bytes())
     elif damage == "other shape":
         import pyarrow.parquet as pq
 
@@ -170,7 +197,7 @@ def test_a_damaged_part_is_named(own_set: Set, make_set, damage: str) -> None:
         file.write_bytes(file.read_bytes()[: -100 if damage == "cut" else 0])
 
     with pytest.raises(InvalidInputError, match=r"part = .*part-00001.parquet"):
-        read_rows(stream_of((uri, manifest)), 0, 0, 90)
+        read_rows(stream_of((uri, manifest)), 0, 0, ROWS)
 
 
 @pytest.mark.parametrize(
@@ -178,7 +205,7 @@ def test_a_damaged_part_is_named(own_set: Set, make_set, damage: str) -> None:
     [
         ({"seed": -1}, "seed = -1: negative"),
         ({"lanes": 0}, "lanes = 0: not positive"),
-        ({"lanes": 91}, "lanes = 91: the set has only 90 rows"),
+        ({"lanes": 92}, "lanes = 92: the set has only 91 rows"),
     ],
 )
 def test_a_stream_that_cannot_be_is_refused(

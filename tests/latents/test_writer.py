@@ -14,7 +14,7 @@ from facm_platform.latents import LatentManifest
 from facm_platform.latents.statistics import ChannelStatistics
 from facm_platform.latents.tables import rebatch, to_table
 from facm_platform.latents.writer import PartLayout, write_part
-from tests.latents.conftest import ROW_GROUP_ROWS, SHAPE, rows
+from tests.latents.conftest import PART_ROWS, ROW_GROUP_ROWS, SHAPE, rows
 
 LAYOUT = PartLayout(shape=SHAPE, dtype="float32", num_classes=10)
 
@@ -44,7 +44,7 @@ def test_statistics_of_the_set_are_those_of_numpy(
     latent_set: tuple[str, LatentManifest],
 ) -> None:
     _, manifest = latent_set
-    every = np.concatenate([rows(part, count)[0] for part, count in enumerate((50, 37, 3))])
+    every = np.concatenate([rows(part, count)[0] for part, count in enumerate(PART_ROWS)])
     values = every.astype(np.float64)
 
     np.testing.assert_allclose(manifest.mean, values.mean((0, 2, 3)), rtol=1e-12)

@@ -1,4 +1,4 @@
-"""A small latent set, and training tasks on it."""
+"""Small training tasks, and their oracle."""
 
 from __future__ import annotations
 
@@ -8,26 +8,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from facm_core.autoencoders import load_autoencoder
-from facm_core.models import LightningDiT, LightningDiTConfig
-from facm_core.objectives import FACMConfig, FlowMatchingConfig
-from facm_platform.latents import LatentManifest, LatentStream
-from facm_platform.latents.images import image_source
-from facm_platform.latents.tables import to_table
-from facm_platform.latents.writer import PartLayout, write_part
-from facm_platform.registry import ArtifactConfig, save_artifact
-from facm_platform.training.config import TrainConfig
-from facm_platform.training.task import TrainingTask
+from safetensors.torch import load_file
 
-ARCHITECTURE = LightningDiTConfig(
-    input_size=8,
-    in_channels=1,
-    patch_size=4,
-    hidden_size=16,
-    depth=2,
-    num_heads=2,
-    num_classes=10,
-)
+from facm_core.ema import PowerEMA
+from facm_core.models import LightningDiT
+from facm_core.objectives import FACM, FACMConfig, FlowMatchingConfig
+from facm_platform.latents import LatentManifest, LatentStream, local_batches
+from facm_platform.registry import load_artifact
+from facm_platform.training.config import TrainConfig
+from facm_platform.training.loop import step_seed
+from facm_platform.training.task import TrainingTask
+from tests.small import artifact_config
+
 TRAIN = TrainConfig(
     images=96,
     global_batch_size=8,
@@ -37,65 +29,6 @@ TRAIN = TrainConfig(
     log_images=16,
 )
 MakeTask = Callable[..., TrainingTask]
-
-
-@pytest.fixture(scope="session")
-def digits_uri(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The digits as a latent set, written without a cluster."""
-    uri = str(tmp_path_factory.mktemp("digits"))
-    source, autoencoder = image_source("digits"), load_autoencoder("identity")
-    batch = next(source.batches(0, source.rows, source.rows))
-    layout = PartLayout(shape=source.image_shape, dtype="float32", num_classes=10)
-    rows = to_table(batch.images, batch.labels, batch.keys)
-    part, statistics = write_part(uri, "part-00000.parquet", [rows], layout)
-    manifest = LatentManifest(
-        rows=part.rows,
-        latent_shape=layout.shape,
-        latent_dtype=layout.dtype,
-        num_classes=layout.num_classes,
-        mean=tuple(statistics.mean.tolist()),
-        std=tuple(statistics.std().tolist()),
-        autoencoder_id=autoencoder.id,
-        autoencoder_sha256=autoencoder.sha256,
-        parts=(part,),
-        encoding_sha256="test",
-        created_by="test",
-    )
-    manifest.save(uri)
-    return uri
-
-
-def artifact_config(manifest: LatentManifest, **changes: object) -> ArtifactConfig:
-    """Description of a teacher for the set of `manifest`."""
-    config = ArtifactConfig(
-        role="teacher",
-        architecture=ARCHITECTURE,
-        objective="flow_matching",
-        conditioning="expanded",
-        recommended_nfe=(50,),
-        normalisation_mean=manifest.mean,
-        normalisation_std=manifest.std,
-        autoencoder_id=manifest.autoencoder_id,
-        autoencoder_sha256=manifest.autoencoder_sha256,
-        latent_manifest_sha256=manifest.sha256,
-        images_seen=96,
-        ema_sigma_rel=0.2,
-        config_hash="0" * 16,
-    )
-    return replace(config, **changes)  # type: ignore[arg-type]
-
-
-@pytest.fixture(scope="session")
-def teacher_uri(tmp_path_factory: pytest.TempPathFactory, digits_uri: str) -> str:
-    """Artefact of a teacher with random weights (its own initialisation would give zeros)."""
-    generator = torch.Generator().manual_seed(0)
-    weights = {
-        name: torch.randn(value.shape, generator=generator) * 0.1
-        for name, value in LightningDiT(ARCHITECTURE).state_dict().items()
-    }
-    folder = tmp_path_factory.mktemp("teacher")
-    save_artifact(folder, weights, artifact_config(LatentManifest.load(digits_uri)))
-    return str(folder)
 
 
 @pytest.fixture
@@ -118,3 +51,40 @@ def make_task(tmp_path: Path, digits_uri: str, teacher_uri: str) -> MakeTask:
         return replace(task, **changes)  # type: ignore[arg-type]
 
     return make
+
+
+def weights(task: TrainingTask) -> dict[str, torch.Tensor]:
+    """The artefact that a run of `task` has left."""
+    return load_file(Path(task.artifact_uri) / "model.safetensors")
+
+
+def plain_distillation(task: TrainingTask) -> dict[str, torch.Tensor]:
+    """Oracle: averaged weights of the same steps without FSDP, Ray, contexts or windows."""
+    assert task.teacher_uri is not None
+    assert isinstance(task.objective, FACMConfig)
+    teacher = load_artifact(task.teacher_uri).model
+    student = LightningDiT(task.artifact.architecture)
+    student.load_state_dict(teacher.state_dict())
+    facm = FACM(task.objective)
+    adamw = torch.optim.AdamW(
+        [p for p in student.parameters() if p.requires_grad], betas=(0.9, 0.999), weight_decay=0
+    )
+    ema = PowerEMA(student, [0.2])
+    rows, lanes = TRAIN.global_batch_size, task.stream.lanes
+    readers = [
+        local_batches(task.stream, lane, 0, TRAIN.images // lanes, rows // lanes)
+        for lane in range(lanes)
+    ]
+    for step, parts in enumerate(zip(*readers, strict=True)):
+        x_1 = torch.cat([part.latents for part in parts])
+        labels = torch.cat([part.labels for part in parts])
+        seen = rows * (step + 1)
+        generator = torch.Generator().manual_seed(step_seed(TRAIN.seed, rows * step))
+        loss = facm(student, x_1, labels, teacher, generator=generator).loss
+        adamw.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(student.parameters(), TRAIN.max_grad_norm)
+        adamw.param_groups[0]["lr"] = TRAIN.learning_rate * min(1.0, seen / TRAIN.warmup_images)
+        adamw.step()
+        ema.update(student, images_seen=seen, images_step=rows)
+    return ema.profiles["0.2"]

@@ -10,20 +10,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from facm_core.ema import PowerEMA
+from torch.distributed.checkpoint.api import CheckpointException
+
 from facm_core.errors import InvalidInputError
-from facm_core.models import LightningDiT
-from facm_core.objectives import FACM, FACMConfig
-from facm_platform.latents import Batch, LatentStream, local_batches
+from facm_core.objectives import FACMConfig
+from facm_platform.latents import Batch, LatentStream
 from facm_platform.registry import load_artifact
 from facm_platform.training.config import TrainConfig
 from facm_platform.training.context import LocalContext, single_process_group
-from facm_platform.training.loop import step_seed, train
-from facm_platform.training.task import TrainingTask
-from safetensors.torch import load_file
-from torch.distributed.checkpoint.api import CheckpointException
-
-from tests.training.conftest import MakeTask
+from facm_platform.training.loop import train
+from tests.training.conftest import MakeTask, plain_distillation, weights
 
 
 @pytest.fixture(autouse=True)
@@ -52,10 +48,6 @@ class InterruptedContext(LocalContext):
                 raise Interrupted
             bad = index == self.poison or self.poison == -2
             yield replace(batch, latents=batch.latents * float("nan")) if bad else batch
-
-
-def weights(task: TrainingTask) -> dict[str, torch.Tensor]:
-    return load_file(Path(task.artifact_uri) / "model.safetensors")
 
 
 @pytest.mark.parametrize("teacher", [True, False])
@@ -89,31 +81,10 @@ def test_every_run_of_a_seed_draws_the_same_and_another_seed_does_not(
 
 
 def test_loop_equals_plain_adamw(make_task: MakeTask, tmp_path: Path) -> None:
-    """Oracle: the same steps written out without FSDP, contexts or windows."""
     task = make_task()
     train(task, LocalContext(tmp_path / "run"))
-    settings = task.train
-
-    assert task.teacher_uri is not None
-    teacher = load_artifact(task.teacher_uri).model
-    student = LightningDiT(task.artifact.architecture)
-    student.load_state_dict(teacher.state_dict())
-    facm = FACM(FACMConfig())
-    adamw = torch.optim.AdamW(
-        [p for p in student.parameters() if p.requires_grad], betas=(0.9, 0.999), weight_decay=0
-    )
-    ema = PowerEMA(student, [0.2])
-    for step, batch in enumerate(local_batches(task.stream, 0, 0, 96, 8)):
-        generator = torch.Generator().manual_seed(step_seed(0, 8 * step))
-        adamw.param_groups[0]["lr"] = 1e-3 * min(1.0, (8 * step + 8) / 16)
-        loss = facm(student, batch.latents, batch.labels, teacher, generator=generator).loss
-        adamw.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(student.parameters(), settings.max_grad_norm)
-        adamw.step()
-        ema.update(student, images_seen=8 * step + 8, images_step=8)
     got = weights(task)
-    for name, expected in ema.profiles["0.2"].items():
+    for name, expected in plain_distillation(task).items():
         torch.testing.assert_close(got[name], expected, rtol=1e-5, atol=1e-6)
 
 

@@ -1,6 +1,15 @@
 """Recipes, overrides and the command line shared by every job."""
 
 from facm_platform.config.job import JobResult, Refused, run_job
-from facm_platform.config.loader import as_dict, as_yaml, config_hash, load_config
+from facm_platform.config.loader import as_dict, as_yaml, config_hash, find_recipe, load_config
 
-__all__ = ["JobResult", "Refused", "as_dict", "as_yaml", "config_hash", "load_config", "run_job"]
+__all__ = [
+    "JobResult",
+    "Refused",
+    "as_dict",
+    "as_yaml",
+    "config_hash",
+    "find_recipe",
+    "load_config",
+    "run_job",
+]

@@ -151,7 +151,7 @@ class Evaluator:
             if config.role == "student":
                 x = sample_consistency(model, noise, condition, steps=steps, seeds=seeds)
             else:
-                x = sample_euler(model, noise, condition, steps=steps)
+                x = sample_euler(model, noise, condition, steps=steps, guidance=config.guidance)
             return x * std + mean
 
         self._samplers[uri] = sample

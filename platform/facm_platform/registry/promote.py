@@ -54,7 +54,7 @@ class PromotePlan:
     def describe(self) -> str:
         """What would be done, with the numbers."""
         nfe = self.config.nfe
-        now = f"FID {self.challenger.fid(nfe):.4g} at {nfe} steps, {self.challenger.protocol_id}"
+        now = f"FID {self.challenger.fid(nfe):.4g} at nfe = {nfe}, {self.challenger.protocol_id}"
         if self.champion is None:
             return f"promote {self.challenger} ({now}): there is no champion yet"
         return f"promote {self.challenger} ({now}): FID of {self.champion} is {self._former:.4g}"

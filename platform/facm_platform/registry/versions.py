@@ -15,9 +15,9 @@ from mlflow.tracking import MlflowClient
 
 from facm_core.errors import require
 from facm_platform.tracking import Run
+from facm_platform.tracking.run import TAG_PREFIX
 
 CHALLENGER, CHAMPION = "challenger", "champion"
-_PREFIX = "facm."
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def register_version(
         model,
         source=f"{run.artifact_uri}/{folder}",
         run_id=run.run_id,
-        tags={_PREFIX + key: value for key, value in tags.items()},
+        tags={TAG_PREFIX + key: value for key, value in tags.items()},
         description=description,
     )
     number = str(created.version)
@@ -89,9 +89,9 @@ def find_version(client: MlflowClient, model: str, alias: str) -> Version | None
         return None
     version = client.get_model_version(model, str(found[0].aliases[alias]))
     tags = {
-        key.removeprefix(_PREFIX): value
+        key.removeprefix(TAG_PREFIX): value
         for key, value in version.tags.items()
-        if key.startswith(_PREFIX)
+        if key.startswith(TAG_PREFIX)
     }
     return Version(model, str(version.version), str(version.source), str(version.run_id), tags)
 

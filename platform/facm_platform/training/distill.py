@@ -101,6 +101,7 @@ class DistillPlan:
             guidance_low=guidance.low,
             guidance_high=guidance.high,
             recommended_nfe=(1, 2, 4),
+            latent_manifest_sha256=self.manifest.sha256,
             teacher_sha256=self.teacher.sha256,
             images_seen=config.train.total_images,
             ema_sigma_rel=config.train.export_sigma_rel,

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 from facm_core.errors import InvalidInputError, require
 from facm_platform import storage
 from facm_platform.cluster import connect
 from facm_platform.config import JobResult, as_yaml
-from facm_platform.tracking import check_store, connect_store, open_run
+from facm_platform.tracking import (
+    check_run_name,
+    check_store,
+    connect_store,
+    embedded_root,
+    open_run,
+)
 from facm_platform.training.config import RunConfig, TrainConfig, WorkersConfig
+from facm_platform.training.launch import launch
 from facm_platform.training.task import TrainingTask
 
 CONFIG = "config.yaml"
@@ -25,16 +31,10 @@ def check_run(run: RunConfig, config: Any) -> str:
         InvalidInputError: bad name or storage, MLflow out of reach, or the name was used with
             another config (shows the difference).
     """
-    require(
-        run.name.replace("-", "").replace("_", "").replace(".", "").isalnum(),
-        "run.name",
-        run.name,
-        "not usable as a folder name",
-        "Use letters, digits, dot, dash and underscore",
-    )
+    check_run_name("run.name", run.name)
     folder = storage.join(storage.absolute(run.storage_uri, "run.storage_uri"), run.name)
     storage.check_reachable(folder, "run.storage_uri")
-    check_store(run.tracking, tracking_root(run))
+    check_store(run.tracking, embedded_root(run.storage_uri))
     kept, ours = storage.join(folder, CONFIG), as_yaml(config)
     if storage.exists(kept) and (theirs := storage.read_text(kept)) != ours:
         lines = difflib.unified_diff(
@@ -47,12 +47,6 @@ def check_run(run: RunConfig, config: Any) -> str:
             "Use another run.name, or the same config to resume the run",
         )
     return folder
-
-
-def tracking_root(run: RunConfig) -> Path:
-    """Folder of the embedded MLflow store."""
-    remote = "://" in run.storage_uri
-    return Path("runs" if remote else run.storage_uri)
 
 
 def check_batch(train: TrainConfig, workers: WorkersConfig) -> None:
@@ -92,9 +86,7 @@ def execute(
         lineage: Tags of the MLflow run.
         make_task: (tracking URI, run id) -> task.
     """
-    from facm_platform.training.launch import launch
-
-    store = connect_store(run.tracking, tracking_root(run))
+    store = connect_store(run.tracking, embedded_root(run.storage_uri))
     tracked = open_run(store, run.name, job=job, config=config, tags=lineage, resume=True)
     task = make_task(store.uri, tracked.run_id)
     storage.write_bytes(storage.join(task.folder_uri, CONFIG), as_yaml(config).encode())

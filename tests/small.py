@@ -1,0 +1,87 @@
+"""A small world: the digits as a latent set, and model artefacts with random weights."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import torch
+
+from facm_core.autoencoders import load_autoencoder
+from facm_core.models import LightningDiT, LightningDiTConfig
+from facm_platform.latents import LatentManifest
+from facm_platform.latents.images import image_source
+from facm_platform.latents.tables import to_table
+from facm_platform.latents.writer import PartLayout, part_name, write_part
+from facm_platform.registry import ArtifactConfig, save_artifact
+
+ARCHITECTURE = LightningDiTConfig(
+    input_size=8,
+    in_channels=1,
+    patch_size=4,
+    hidden_size=16,
+    depth=2,
+    num_heads=2,
+    num_classes=10,
+)
+
+
+def write_digits(folder: Path, rows: int = 1797) -> LatentManifest:
+    """The first `rows` digits as a latent set, as jobs/encode.py would write it."""
+    source, autoencoder = image_source("digits"), load_autoencoder("identity")
+    layout = PartLayout(shape=source.image_shape, dtype="float32", num_classes=source.num_classes)
+    tables: list[pa.Table] = [
+        to_table(batch.images, batch.labels, batch.keys) for batch in source.batches(0, rows, 500)
+    ]
+    part, statistics = write_part(str(folder), part_name(0), tables, layout)
+    manifest = LatentManifest(
+        rows=rows,
+        latent_shape=source.image_shape,
+        latent_dtype="float32",
+        num_classes=source.num_classes,
+        mean=tuple(statistics.mean.tolist()),
+        std=tuple(statistics.std().tolist()),
+        autoencoder_id=autoencoder.id,
+        autoencoder_sha256=autoencoder.sha256,
+        parts=(part,),
+        encoding_sha256="0" * 64,
+        created_by="test",
+    )
+    manifest.save(str(folder))
+    return manifest
+
+
+def artifact_config(manifest: LatentManifest, **changes: Any) -> ArtifactConfig:
+    """Description of a teacher for the set of `manifest`."""
+    config = ArtifactConfig(
+        role="teacher",
+        architecture=ARCHITECTURE,
+        objective="flow_matching",
+        conditioning="expanded",
+        recommended_nfe=(1, 2),
+        normalisation_mean=manifest.mean,
+        normalisation_std=manifest.std,
+        autoencoder_id=manifest.autoencoder_id,
+        autoencoder_sha256=manifest.autoencoder_sha256,
+        latent_manifest_sha256=manifest.sha256,
+        images_seen=1000,
+        ema_sigma_rel=0.2,
+        config_hash="0" * 16,
+    )
+    return replace(config, **changes)
+
+
+def write_model(folder: Path, config: ArtifactConfig, *, seed: int = 0) -> str:
+    """A random network that does something; returns the hash of its weights."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        weights = LightningDiT(config.architecture).state_dict()
+        # The initial network gives zero everywhere.
+        weights |= {
+            name: torch.randn_like(value) * 0.3
+            for name, value in weights.items()
+            if "adaLN" in name or "final_layer.linear" in name
+        }
+    return save_artifact(folder, weights, config)

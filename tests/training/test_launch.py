@@ -1,0 +1,27 @@
+"""The loop on a real cluster: two Ray Train workers, FSDP2 over gloo, Ray Data."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from facm_core.errors import InvalidInputError
+from facm_platform.training.config import WorkersConfig
+from facm_platform.training.launch import launch
+from tests.training.conftest import MakeTask, plain_distillation, weights
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_two_sharded_workers_equal_one_plain_process(make_task: MakeTask) -> None:
+    task = make_task(lanes=2)
+    metrics = launch(task, WorkersConfig(count=2))
+    assert metrics["skipped_steps"] == 0
+    got = weights(task)
+    for name, expected in plain_distillation(task).items():
+        torch.testing.assert_close(got[name], expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_workers_that_do_not_fit_are_refused(make_task: MakeTask) -> None:
+    with pytest.raises(InvalidInputError, match=r"workers.count = 8.*4.0 CPUs"):
+        launch(make_task(lanes=8), WorkersConfig(count=8, cpus=1))
