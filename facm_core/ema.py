@@ -46,7 +46,7 @@ class PowerEMA:
     def __init__(self, model: nn.Module, sigma_rels: Sequence[float]) -> None:
         for sigma_rel in sigma_rels:
             exponent_of(sigma_rel)
-        self.sigma_rels = tuple(sigma_rels)
+        self.sigma_rels = tuple(dict.fromkeys(sigma_rels))  # one twice would be updated twice
         self.profiles: dict[str, dict[str, Tensor]] = {
             str(sigma_rel): {
                 name: parameter.detach().clone() for name, parameter in model.named_parameters()

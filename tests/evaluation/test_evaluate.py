@@ -20,7 +20,8 @@ from facm_platform.registry.versions import CHALLENGER, find_version
 from facm_platform.tracking import Store, TrackingConfig, connect_store
 from facm_platform.training.config import DataConfig, RunConfig
 from tests.conftest import TrackingServer
-from tests.evaluation.conftest import World, write_digits, write_model
+from tests.evaluation.conftest import World
+from tests.small import artifact_config, write_digits, write_model
 
 
 def config(world: World, root: Path, uri: str | None = None, **changes: object) -> EvaluateConfig:
@@ -128,8 +129,9 @@ def test_a_failed_evaluation_says_so_in_its_run(world: World, store: Store, tmp_
 
 def test_inputs_that_do_not_belong_together(world: World, tmp_path: Path) -> None:
     other = write_digits(tmp_path / "other", rows=500)
-    stranger = write_model(tmp_path / "stranger", world.manifest, seed=9, role="teacher")
-    write_model(tmp_path / "elsewhere", other, seed=2, role="student", teacher=stranger)
+    stranger = write_model(tmp_path / "stranger", artifact_config(world.manifest), seed=9)
+    student = artifact_config(other, role="student", objective="facm", teacher_sha256=stranger)
+    write_model(tmp_path / "elsewhere", student)
     for changes, field, message in (
         ({"student_uri": world.teacher}, "student_uri", "it is a teacher"),
         ({"teacher_uri": world.student}, "teacher_uri", "it is a student"),

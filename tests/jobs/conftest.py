@@ -37,14 +37,14 @@ def last_line(output: str) -> dict[str, Any]:
 def run_job(tmp_path: Path) -> RunJob:
     """``run_job("distill", "train.images=8", …)`` in a folder of the test."""
 
-    def run(job: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    def run(job: str, *arguments: str, timeout: float = 280) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             command(job, *arguments),
             cwd=tmp_path,
             env=environment(),
             capture_output=True,
             text=True,
-            timeout=280,
+            timeout=timeout,
         )
 
     return run

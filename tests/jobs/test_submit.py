@@ -1,0 +1,97 @@
+"""``ray job submit`` to a cluster that has nothing of this repository installed."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.jobs.conftest import ROOT, last_line
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+RAY = str(Path(sys.executable).parent / "ray")
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture
+def head(tmp_path: Path) -> Iterator[str]:
+    """Address of the job server of a live head, started by ``ray start --head``."""
+    port = free_port()
+    arguments = [RAY, "start", "--head", "--block", "--num-cpus=4", f"--port={free_port()}"]
+    arguments += [f"--dashboard-port={port}", "--dashboard-host=127.0.0.1"]
+    clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    with (tmp_path / "head.log").open("wb") as log:
+        # From an empty folder: the cluster has no other way to the code than the submission.
+        process = subprocess.Popen(arguments, cwd=tmp_path, env=clean, stdout=log, stderr=log)
+    try:
+        deadline = time.monotonic() + 120
+        while not answers(f"http://127.0.0.1:{port}/api/version"):
+            assert process.poll() is None, (tmp_path / "head.log").read_text()
+            assert time.monotonic() < deadline, (tmp_path / "head.log").read_text()
+            time.sleep(0.5)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        process.terminate()
+        process.wait(timeout=60)
+
+
+def answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=2):
+            return True
+    except urllib.error.HTTPError:
+        return True  # it wants the token
+    except (urllib.error.URLError, OSError):
+        return False
+
+
+def submit(head: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Submit jobs/distill.py as the README says."""
+    line = [RAY, "job", "submit", "--address", head, "--working-dir", ".", "--"]
+    environment = {name: v for name, v in os.environ.items() if name != "RAY_ADDRESS"}
+    return subprocess.run(
+        [*line, "python", "jobs/distill.py", *arguments],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+
+
+def test_submitted_distillation(
+    head: str, digits_uri: str, teacher_uri: str, tmp_path: Path
+) -> None:
+    right = [
+        "--recipe=digits_distill",
+        "run.name=submitted",
+        f"run.storage_uri={tmp_path / 'runs'}",
+        f"data.uri={digits_uri}",
+        f"teacher.uri={teacher_uri}",
+        "train.images=512",
+    ]
+    done = submit(head, *right)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "distill 100%" in done.stdout
+    results = [line for line in done.stdout.splitlines() if line.startswith('{"run_id"')]
+    result = last_line("\n".join(results))
+    assert result["run_name"] == "submitted"
+    assert (Path(result["artifact_uri"]) / "model.safetensors").is_file()
+
+    wrong = submit(head, *right, "run.storage_uri=runs")
+    assert wrong.returncode == 1
+    assert "Give an absolute path or an s3:// address" in wrong.stdout + wrong.stderr
