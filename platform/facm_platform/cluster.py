@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import ray
@@ -13,18 +15,25 @@ import facm_platform
 from facm_core.errors import InvalidInputError
 
 
-def connect() -> None:
+@contextmanager
+def connected() -> Iterator[None]:
     """Join the cluster of this machine or of ``RAY_ADDRESS``; without one, start a local one.
 
     The two packages travel to the workers from here, so nothing of this repository needs to be
-    installed on a cluster. Does nothing where Ray is connected already.
+    installed on a cluster. Leaves at the end, so that no worker prints after the job's last line;
+    where Ray was connected before, it stays.
     """
     if ray.is_initialized():
+        yield
         return
     # Doubled lines otherwise: Train prints what Ray forwards to the driver anyway.
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
     packages = [str(Path(package.__path__[0])) for package in (facm_core, facm_platform)]
     ray.init(runtime_env={"py_modules": packages}, logging_level=logging.WARNING)
+    try:
+        yield
+    finally:
+        ray.shutdown()
 
 
 def require_cpus(field: str, cpus: float, spare: float) -> None:

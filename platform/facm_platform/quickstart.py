@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
 from facm_platform import storage
-from facm_platform.cluster import connect
+from facm_platform.cluster import connected
 from facm_platform.config import JobResult, find_recipe, load_config
 from facm_platform.evaluation import evaluate, fit
 from facm_platform.evaluation.report import EvaluationResult, as_table
@@ -46,17 +46,17 @@ class QuickstartPlan:
     def execute(self) -> JobResult:
         """Run them; the evaluation's result, with ``summary.json`` beside its sample sheet."""
         started = time.monotonic()
-        connect()
-        self._step("encode", encode.EncodeConfig, encode.prepare)
-        self._step("features", fit.FeaturesConfig, fit.prepare)
-        run_ids = {
-            "pretrain": self._step("pretrain", pretrain.PretrainConfig, pretrain.prepare).run_id,
-            "distill": self._step("distill", distill.DistillConfig, distill.prepare).run_id,
-        }
-        plan = evaluate.prepare(self._config("evaluate", evaluate.EvaluateConfig))
-        print(f"\n{plan.describe()}", flush=True)
-        result = plan.evaluate()
-        run_ids["evaluate"] = result.run_id
+        with connected():  # one cluster for all five
+            jobs = {
+                "encode": self._step("encode", encode.EncodeConfig, encode.prepare),
+                "features": self._step("features", fit.FeaturesConfig, fit.prepare),
+                "pretrain": self._step("pretrain", pretrain.PretrainConfig, pretrain.prepare),
+                "distill": self._step("distill", distill.DistillConfig, distill.prepare),
+            }
+            plan = evaluate.prepare(self._config("evaluate", evaluate.EvaluateConfig))
+            print(f"\n{plan.describe()}", flush=True)
+            result = plan.evaluate()
+        run_ids = {step: job.run_id for step, job in jobs.items()} | {"evaluate": result.run_id}
         summary = _summary(result, run_ids, time.monotonic() - started)
         summary_uri = storage.join(plan.folder_uri, "summary.json")
         storage.write_bytes(summary_uri, (json.dumps(summary, indent=2) + "\n").encode())

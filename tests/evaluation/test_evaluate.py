@@ -13,12 +13,12 @@ import ray
 from PIL import Image
 
 from facm_core.errors import InvalidInputError
+from facm_platform.config.sections import DataConfig, RunConfig
 from facm_platform.evaluation.evaluate import EvaluateConfig, prepare
 from facm_platform.evaluation.sheet import sheet_size
 from facm_platform.registry import load_artifact
 from facm_platform.registry.versions import CHALLENGER, find_version
 from facm_platform.tracking import Store, TrackingConfig, connect_store
-from facm_platform.training.config import DataConfig, RunConfig
 from tests.conftest import TrackingServer
 from tests.evaluation.conftest import World
 from tests.small import artifact_config, write_digits, write_model

@@ -11,13 +11,13 @@ import pytest
 import torch
 
 from facm_core.errors import InvalidInputError
+from facm_platform.config.sections import DataConfig, RunConfig
 from facm_platform.evaluation.features import DESCRIPTION, WEIGHTS, FeaturesInfo, load_features
 from facm_platform.evaluation.fit import FeaturesConfig, fit, prepare
 from facm_platform.evaluation.protocol import dequantise
 from facm_platform.evaluation.real import real_images
 from facm_platform.storage import write_bytes
 from facm_platform.tracking import Store, TrackingConfig
-from facm_platform.training.config import DataConfig, RunConfig
 from tests.evaluation.conftest import World
 
 

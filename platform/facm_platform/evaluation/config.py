@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from facm_core.errors import require
+from facm_platform.config.sections import DataConfig, RunConfig
 from facm_platform.evaluation.features import FeatureExtractor
 from facm_platform.evaluation.real import image_shape
 from facm_platform.latents import LatentManifest
 from facm_platform.registry import Artifact
 from facm_platform.registry.versions import check_model_name
-from facm_platform.training.config import DataConfig, RunConfig
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from facm_core.metrics import self_test
-from facm_platform.cluster import connect, require_cpus
+from facm_platform.cluster import connected, require_cpus
 from facm_platform.config import JobResult
 from facm_platform.evaluation.config import EvaluateConfig, check_together
 from facm_platform.evaluation.engine import Engine, Measured, Workload
@@ -98,8 +98,7 @@ class EvaluatePlan:
         store = connect_store(config.run.tracking, embedded_root(config.run.storage_uri))
         tags = self._lineage()
         run = open_run(store, config.run.name, job="evaluate", config=config, tags=tags)
-        try:
-            connect()
+        with run, connected():
             require_cpus("actors", config.actors, spare=0)
             reference, measured = self._measure()
             scores = {
@@ -121,10 +120,6 @@ class EvaluatePlan:
                 model_version=version.number if version else None,
             )
             run.log_metrics(result.metrics(), images_seen=self.student.config.images_seen)
-        except BaseException:
-            run.finish("FAILED")
-            raise
-        run.finish()
         return result
 
     def _measure(self) -> tuple[Measured, dict[str, dict[int, Measured]]]:

@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from facm_core.errors import require
-from facm_platform.cluster import connect
+from facm_platform.cluster import connected
 from facm_platform.config import JobResult
+from facm_platform.config.sections import DataConfig, RunConfig
 from facm_platform.evaluation.features import Classifier, FeaturesInfo, save_features
 from facm_platform.evaluation.protocol import dequantise
 from facm_platform.evaluation.real import image_shape, real_images
@@ -26,7 +27,6 @@ from facm_platform.tracking import (
     embedded_root,
     open_run,
 )
-from facm_platform.training.config import DataConfig, RunConfig
 
 _TEST_SHARE = 0.2
 _BATCH = 64
@@ -82,8 +82,7 @@ class FeaturesPlan:
         store = connect_store(config.run.tracking, embedded_root(config.run.storage_uri))
         lineage = {"manifest_sha256": self.manifest.sha256}
         run = open_run(store, config.run.name, job="fit_features", config=config, tags=lineage)
-        try:
-            connect()
+        with run, connected():
             task = _fit_and_save.remote(
                 absolute(config.data.uri, "data.uri"),
                 absolute(config.output_uri, "output_uri"),
@@ -92,10 +91,6 @@ class FeaturesPlan:
             sha256, accuracy = ray.get(task)
             run.set_tags({"extractor_sha256": sha256})
             run.log_metrics({"test_accuracy": accuracy}, images_seen=0)
-        except BaseException:
-            run.finish("FAILED")
-            raise
-        run.finish()
         return JobResult(
             run_id=run.run_id,
             run_name=config.run.name,

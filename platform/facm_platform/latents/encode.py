@@ -15,18 +15,26 @@ import numpy as np
 import pyarrow as pa
 import ray.data
 import torch
-from omegaconf import MISSING
 
 from facm_core.autoencoders import Autoencoder, load_autoencoder
 from facm_core.errors import InvalidInputError, require, require_one_of
 from facm_platform import storage
+from facm_platform.cluster import connected
 from facm_platform.config import JobResult
+from facm_platform.config.sections import RunConfig
 from facm_platform.latents._ray_data import ordered_and_quiet
 from facm_platform.latents.images import ImageSource, image_source
 from facm_platform.latents.manifest import MANIFEST, LatentManifest, Part
 from facm_platform.latents.statistics import ChannelStatistics
 from facm_platform.latents.tables import DTYPES, to_table
 from facm_platform.latents.writer import ROW_GROUP_BYTES, PartLayout, part_name, write_part
+from facm_platform.tracking import (
+    check_run_name,
+    check_store,
+    connect_store,
+    embedded_root,
+    open_run,
+)
 
 # To be raised when equal configurations give other latents or another layout than before.
 _ENCODER_VERSION = 1
@@ -39,6 +47,7 @@ class EncodeConfig:
     """What `jobs/encode.py` takes.
 
     Attributes:
+        run: Name and tracking.
         source: Named image source, see `facm_platform.latents.images`.
         output_uri: Folder or ``s3://`` address of the latent set.
         autoencoder: Named autoencoder, see `facm_core.autoencoders`.
@@ -48,8 +57,9 @@ class EncodeConfig:
         overwrite: Replace another set that lies at `output_uri`.
     """
 
+    run: RunConfig
     source: str = "digits"
-    output_uri: str = MISSING
+    output_uri: str
     autoencoder: str = "identity"
     latent_dtype: str = "float32"
     part_rows: int = 16_384
@@ -99,24 +109,33 @@ class EncodePlan:
         )
 
     def execute(self) -> JobResult:
-        """Write the set, unless it is there already."""
+        """Write the set, unless it is there already; either way under an MLflow run."""
         print(self.describe(), flush=True)
-        manifest = self.existing if self.is_done and self.existing is not None else self._encode()
-        metrics = {"rows": float(manifest.rows), "parts": float(len(manifest.parts))}
-        name = f"encode-{self.source.id}"
-        return JobResult(run_id=None, run_name=name, artifact_uri=self.output_uri, metrics=metrics)
+        run = self.config.run
+        store = connect_store(run.tracking, embedded_root(run.storage_uri))
+        with open_run(store, run.name, job="encode", config=self.config) as tracked:
+            manifest = self.existing if self.is_done else None
+            manifest = manifest or self._encode()
+            metrics = {"rows": float(manifest.rows), "parts": float(len(manifest.parts))}
+            tracked.log_metrics(metrics, images_seen=manifest.rows)
+            tracked.set_tags({"manifest_sha256": manifest.sha256})
+            tracked.log_text(storage.read_text(storage.join(self.output_uri, MANIFEST)), MANIFEST)
+        return JobResult(
+            run_id=tracked.run_id,
+            run_name=run.name,
+            artifact_uri=self.output_uri,
+            metrics=metrics,
+        )
 
     def _encode(self) -> LatentManifest:
-        from facm_platform.cluster import connect
-
-        connect()
         self._clear()
         parts: list[Part] = []
         statistics = ChannelStatistics.empty(self._layout.shape[0])
-        for part, part_statistics in self._encoded_parts():
-            parts.append(part)
-            statistics = statistics.merge(part_statistics)
-            print(f"{sum(p.rows for p in parts)} of {self.source.rows} images", flush=True)
+        with connected():
+            for part, part_statistics in self._encoded_parts():
+                parts.append(part)
+                statistics = statistics.merge(part_statistics)
+                print(f"{sum(p.rows for p in parts)} of {self.source.rows} images", flush=True)
         manifest = LatentManifest(
             rows=sum(part.rows for part in parts),
             latent_shape=self._layout.shape,
@@ -197,6 +216,8 @@ def prepare(config: EncodeConfig) -> EncodePlan:
         InvalidInputError: unknown source or autoencoder, an output that cannot be reached, that
             holds another set (unless `overwrite`) or files that are no latent set.
     """
+    check_run_name("run.name", config.run.name)
+    check_store(config.run.tracking, embedded_root(config.run.storage_uri))
     output_uri = storage.absolute(config.output_uri, "output_uri")
     source = image_source(config.source)
     autoencoder = load_autoencoder(config.autoencoder)

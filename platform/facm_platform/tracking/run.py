@@ -7,7 +7,7 @@ import subprocess
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, Self, TypeAlias
 
 from mlflow.entities import Metric, Param, RunTag
 from mlflow.utils.mlflow_tags import MLFLOW_RUN_NAME
@@ -61,6 +61,12 @@ class Run:
     def finish(self, status: Status = "FINISHED") -> None:
         """End the run."""
         self.store.client.set_terminated(self.run_id, status)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        self.finish("FINISHED" if error is None else "FAILED")
 
 
 def check_run_name(field: str, name: str) -> None:

@@ -63,5 +63,6 @@ def _work(config: dict[str, Any]) -> dict[str, float]:
     # The same number on every machine, so that sums are grouped alike; and none of the worker's
     # neighbours slowed down.
     torch.set_num_threads(config["threads"])
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    for library in ("ray.data", "ray.train"):
+        logging.getLogger(library).setLevel(logging.WARNING)
     return train(config["task"], RayContext())

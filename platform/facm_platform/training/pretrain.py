@@ -11,10 +11,11 @@ from facm_core.guidance import GuidanceConfig
 from facm_core.models import LightningDiT, LightningDiTConfig
 from facm_core.objectives import FlowMatchingConfig
 from facm_platform.config import JobResult, config_hash
+from facm_platform.config.sections import DataConfig, RunConfig
 from facm_platform.latents import LatentManifest, LatentStream
 from facm_platform.registry import ArtifactConfig
 from facm_platform.storage import absolute
-from facm_platform.training.config import DataConfig, RunConfig, TrainConfig, WorkersConfig
+from facm_platform.training.config import TrainConfig, WorkersConfig
 from facm_platform.training.run import check_batch, check_run, execute, memory_estimate
 from facm_platform.training.task import TrainingTask
 

@@ -8,8 +8,9 @@ from typing import Any
 
 from facm_core.errors import InvalidInputError, require
 from facm_platform import storage
-from facm_platform.cluster import connect
+from facm_platform.cluster import connected
 from facm_platform.config import JobResult, as_yaml
+from facm_platform.config.sections import RunConfig
 from facm_platform.tracking import (
     check_run_name,
     check_store,
@@ -17,7 +18,7 @@ from facm_platform.tracking import (
     embedded_root,
     open_run,
 )
-from facm_platform.training.config import RunConfig, TrainConfig, WorkersConfig
+from facm_platform.training.config import TrainConfig, WorkersConfig
 from facm_platform.training.launch import launch
 from facm_platform.training.task import TrainingTask
 
@@ -90,15 +91,10 @@ def execute(
     tracked = open_run(store, run.name, job=job, config=config, tags=lineage, resume=True)
     task = make_task(store.uri, tracked.run_id)
     storage.write_bytes(storage.join(task.folder_uri, CONFIG), as_yaml(config).encode())
-    try:
-        connect()
+    with tracked, connected():
         metrics = launch(task, workers)
         with storage.local_copy(task.artifact_uri) as folder:
             tracked.log_artifact(folder, "model")
-    except BaseException:
-        tracked.finish("FAILED")
-        raise
-    tracked.finish()
     return JobResult(
         run_id=tracked.run_id, run_name=run.name, artifact_uri=task.artifact_uri, metrics=metrics
     )

@@ -1,0 +1,33 @@
+"""Sections that the recipes of several jobs share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from facm_platform.tracking import TrackingConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """A run's name and where it is kept.
+
+    Attributes:
+        name: The same name and config again resumes the run.
+        storage_uri: Folder or ``s3://`` prefix, under which the run has a folder of its name.
+        tracking: MLflow.
+    """
+
+    name: str
+    storage_uri: str = "runs"
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """The latent set.
+
+    Attributes:
+        uri: Folder or ``s3://`` prefix that jobs/encode.py wrote.
+    """
+
+    uri: str
