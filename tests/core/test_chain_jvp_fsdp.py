@@ -18,8 +18,6 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parents[2]
 WATCHDOG_SECONDS = 120
 
-# From scratch, the student is called once more, for unconditional rows: rank 0 has guided rows
-# only, rank 1 none at all.
 TEACHER = {False: "scratch", True: "teacher"}
 MODE = {False: "recorded", True: "recomputed"}
 CASES: dict[str, dict[str, Any]] = {
@@ -55,7 +53,8 @@ def models(make_model: Any) -> dict[str, tuple[Any, Any]]:
 
 @pytest.fixture(scope="module")
 def batch(make_batch: Any) -> dict[str, Tensor]:
-    return make_batch() | {"dropped": torch.tensor([False, False, False, False, False, True])}
+    """Rank 0 has guided rows only, rank 1 none: it must join the collectives all the same."""
+    return make_batch() | {"dropped": torch.tensor([False, False, False, True, False, False])}
 
 
 @pytest.fixture(scope="module")
