@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import pickle
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -52,8 +53,7 @@ def load_published_facm(
     """
     if not Path(path).is_file():
         raise InvalidInputError("path", str(path), "no such file", "Give the path of a .pt file")
-    with torch.serialization.safe_globals([argparse.Namespace]):
-        content = torch.load(path, map_location="cpu", weights_only=True)
+    content = _read(path)
     found = [name for name in _SOURCES if isinstance(content.get(name), Mapping)]
     chosen = source or next(iter(found), None)
     if chosen is None or chosen not in found:
@@ -95,6 +95,18 @@ def load_strict(model: nn.Module, weights: Mapping[str, Tensor], origin: str) ->
             "Build the model with the configuration these weights were trained with",
         )
     model.load_state_dict(dict(weights))
+
+
+def _read(path: str | Path) -> Mapping[str, Any]:
+    problem, remedy = "not a checkpoint of tensors and plain values", "Give an official checkpoint"
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise InvalidInputError("path", str(path), problem, remedy) from error
+    if not isinstance(content, Mapping):
+        raise InvalidInputError("path", str(path), problem, remedy)
+    return content
 
 
 def _profile(emas: Mapping[str, Any], profile: int) -> dict[str, Tensor]:

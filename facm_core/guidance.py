@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -26,7 +27,8 @@ class GuidanceConfig:
     high: float = 1.0
 
     def __post_init__(self) -> None:
-        require(self.scale >= 0, "scale", self.scale, "negative", "Use 1 for no guidance")
+        finite = 0 <= self.scale < math.inf
+        require(finite, "scale", self.scale, "not a scale", "Use 1 for no guidance")
         require(
             0 <= self.low <= self.high <= 1,
             "low",

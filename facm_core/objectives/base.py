@@ -42,8 +42,7 @@ class Draws:
 
     def rows(self, start: int, stop: int) -> Draws:
         """The draws of rows start … stop − 1 of the batch."""
-        rows = slice(start, stop)
-        return Draws(x_0=self.x_0[rows], t=self.t[rows], dropped=self.dropped[rows])
+        return Draws(**{name: value[start:stop] for name, value in vars(self).items()})
 
 
 class Objective(Protocol):

@@ -54,7 +54,7 @@ class FACMConfig:
         for name in ("lambda_cm", "lambda_fm"):
             value = getattr(self, name)
             require(0 <= value < math.inf, name, value, "not a weight", "Use a number from 0")
-        require(self.p > 0, "p", self.p, "not positive", "Use e.g. 0.5")
+        require(0 < self.p < math.inf, "p", self.p, "not positive", "Use e.g. 0.5")
         require(self.c > 0, "c", self.c, "not positive", "Use e.g. 1e-3")
         require_one_of("conditioning", self.conditioning, ("expanded", "auxiliary"))
         require(

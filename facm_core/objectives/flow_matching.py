@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -43,10 +44,10 @@ class FlowMatchingConfig:
 
     def __post_init__(self) -> None:
         require(
-            self.lambda_cosine >= 0,
+            0 <= self.lambda_cosine < math.inf,
             "lambda_cosine",
             self.lambda_cosine,
-            "negative",
+            "not a weight",
             "Use 0 to switch the term off",
         )
         require(

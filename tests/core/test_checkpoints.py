@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -147,7 +146,7 @@ def test_code_in_a_file_is_not_executed(
     torch.save(content, path, _use_new_zipfile_serialization=zipped)
     model = make_model(seed=3)
     before = model.state_dict()["final_layer.linear.bias"].clone()
-    with pytest.raises(pickle.UnpicklingError):
+    with pytest.raises(InvalidInputError, match=r"hostile.pt.*not a checkpoint of tensors"):
         load_published_facm(model, path)
     assert not victim.exists()
     assert torch.equal(model.state_dict()["final_layer.linear.bias"], before)
@@ -168,3 +167,9 @@ def test_load_strict_takes_its_own(weights: Weights, make_model: Any) -> None:
     assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
     with pytest.raises(InvalidInputError, match=r"weights = 'here'.*missing pos_embed"):
         load_strict(model, {}, origin="here")
+
+
+def test_a_file_of_something_else_is_refused(make_model: Any, tmp_path: Path) -> None:
+    torch.save([1, 2], tmp_path / "list.pt")
+    with pytest.raises(InvalidInputError, match=r"list.pt.*not a checkpoint of tensors"):
+        load_published_facm(make_model(seed=3), tmp_path / "list.pt")

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from facm_core.errors import InvalidInputError
 from facm_platform.training.config import WorkersConfig
 from facm_platform.training.launch import launch
-from tests.training.conftest import MakeTask, plain_distillation, weights
+from tests.training.conftest import TRAIN, MakeTask, plain_distillation, weights
 
 
 @pytest.mark.usefixtures("ray_cluster")
-def test_two_sharded_workers_equal_one_plain_process(make_task: MakeTask) -> None:
-    task = make_task(lanes=2)
+@pytest.mark.parametrize("reshard_after_forward", [True, False])
+def test_two_sharded_workers_equal_one_plain_process(
+    make_task: MakeTask, reshard_after_forward: bool
+) -> None:
+    settings = replace(TRAIN, reshard_after_forward=reshard_after_forward)
+    task = make_task(lanes=2, train=settings)
     metrics = launch(task, WorkersConfig(count=2))
     assert metrics["skipped_steps"] == 0
     got = weights(task)

@@ -133,12 +133,10 @@ def test_auxiliary_student_starts_as_the_teacher(make_task: MakeTask, tmp_path: 
 def test_precision_and_recomputation(
     make_task: MakeTask, tmp_path: Path, precision: str, recompute: bool
 ) -> None:
-    """One step in each mode against float32 with activations kept."""
+    """One step in each mode against float32 with activations kept and shards gathered anew."""
     losses = {}
-    for name, settings in {
-        "plain": {"precision": "float32", "recompute": False},
-        "other": {"precision": precision, "recompute": recompute},
-    }.items():
+    other = {"precision": precision, "recompute": recompute, "reshard_after_forward": not recompute}
+    for name, settings in {"plain": {}, "other": other}.items():
         task = make_task(folder_uri=str(tmp_path / name))
         task = replace(task, train=replace(task.train, images=8, **settings))
         losses[name] = train(task, LocalContext(tmp_path / name))["loss"]

@@ -45,6 +45,9 @@ class TrainConfig:
         warmup_images: Linear warm-up from 0.
         max_grad_norm: Gradients are scaled down to this norm.
         precision: ``float32``, or ``bfloat16`` computation with float32 weights and reduction.
+        reshard_after_forward: A block's weights are gathered anew for each pass, so that no more
+            than one block is whole at a time; else they stay whole until the optimizer's step,
+            and a teacher's for ever: more memory, less communication.
         recompute: Blocks compute their activations again in the backward pass of the JVP.
         seed: Of initial weights, data order, noise, times and label dropout.
         ema_sigma_rels: Widths of the power-function averages that are tracked.
@@ -63,6 +66,7 @@ class TrainConfig:
     warmup_images: int = 0
     max_grad_norm: float = 1.0
     precision: str = "float32"
+    reshard_after_forward: bool = True
     recompute: bool = False
     seed: int = 0
     ema_sigma_rels: tuple[float, ...] = (0.05, 0.2)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -87,15 +88,21 @@ class _Trainer:
 
     def _networks(self) -> tuple[LightningDiT, LightningDiT | None]:
         """Student and teacher, sharded. A distilled student starts from the teacher's weights."""
-        task, device, precision = self.task, self.context.device, self.settings.precision
-        torch.manual_seed(self.settings.seed)
+        task, settings = self.task, self.settings
+        spread = partial(
+            shard,
+            device=self.context.device,
+            precision=settings.precision,
+            reshard_after_forward=settings.reshard_after_forward,
+        )
+        torch.manual_seed(settings.seed)
         student, teacher = LightningDiT(task.artifact.architecture), None
         if task.teacher_uri is not None:
             teacher = load_artifact(task.teacher_uri).model
             # A second time embedding, which the teacher has not, adds nothing at first.
             student.load_state_dict({**student.state_dict(), **teacher.state_dict()})
-            teacher = shard(teacher, device, precision)
-        return shard(student, device, precision), teacher
+            teacher = spread(teacher)
+        return spread(student), teacher
 
     def _step(self, batch: Batch, window: MetricWindow) -> bool:
         """One optimizer step; False if it was skipped because something was not finite."""

@@ -17,17 +17,18 @@ M = TypeVar("M", bound=nn.Module)
 PARAM_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def shard(model: M, device: torch.device, precision: str) -> M:
+def shard(model: M, device: torch.device, precision: str, reshard_after_forward: bool = True) -> M:
     """Shard `model` in place over all workers, one unit a block and one for the rest.
 
     Every rank must hold the same weights before. Weights and gradient reduction stay float32.
+    See `TrainConfig` for the settings.
     """
     model = model.to(device)
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     dtype = PARAM_DTYPES[precision]
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     for block in cast(nn.ModuleList, model.blocks):
-        fully_shard(block, mesh=mesh, mp_policy=policy)
+        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward)
     # The root takes x and t as they are: a time rounded to bfloat16 is another time.
     root_policy = MixedPrecisionPolicy(
         param_dtype=dtype,
@@ -35,7 +36,9 @@ def shard(model: M, device: torch.device, precision: str) -> M:
         output_dtype=torch.float32,
         cast_forward_inputs=False,
     )
-    fully_shard(model, mesh=mesh, mp_policy=root_policy)
+    fully_shard(
+        model, mesh=mesh, mp_policy=root_policy, reshard_after_forward=reshard_after_forward
+    )
     return model
 
 

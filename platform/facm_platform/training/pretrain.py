@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from facm_core.errors import InvalidInputError
+from facm_core.errors import InvalidInputError, require
 from facm_core.guidance import GuidanceConfig
 from facm_core.models import LightningDiT, LightningDiTConfig
 from facm_core.objectives import FlowMatchingConfig
@@ -158,6 +158,15 @@ def prepare(config: PretrainConfig) -> PretrainPlan:
             does not fit the latents.
     """
     check_batch(config.train, config.workers)
+    batch_size, workers = config.train.global_batch_size, config.workers.count
+    require(
+        not config.objective.expanded or batch_size % (2 * workers) == 0,
+        "train.global_batch_size",
+        batch_size,
+        f"with objective.expanded each of {workers} workers needs an even share, as every second "
+        "row is told 2 - t",
+        f"Use a multiple of {2 * workers}",
+    )
     data_uri = absolute(config.data.uri, "data.uri")
     manifest = LatentManifest.load(data_uri)
     try:
