@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import socket
 import subprocess
 import sys
@@ -28,15 +29,30 @@ def free_port() -> int:
 
 
 @pytest.fixture
-def head(tmp_path: Path) -> Iterator[str]:
+def environment(tmp_path: Path) -> dict[str, str]:
+    """A machine without this repository on its path, with the cluster's token in a private file."""
+    token = tmp_path / "token"
+    token.touch(mode=0o600)
+    token.write_text(secrets.token_hex(32))
+    dropped = ("PYTHONPATH", "RAY_ADDRESS", "MLFLOW_TRACKING_URI")
+    kept = {name: value for name, value in os.environ.items() if name not in dropped}
+    return kept | {
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(token),
+        # As after `. .venv/bin/activate`: the job's `python` is the one with the packages.
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+    }
+
+
+@pytest.fixture
+def head(tmp_path: Path, environment: dict[str, str]) -> Iterator[str]:
     """Address of the job server of a live head, started by ``ray start --head``."""
     port = free_port()
     arguments = [RAY, "start", "--head", "--block", "--num-cpus=4", f"--port={free_port()}"]
     arguments += [f"--dashboard-port={port}", "--dashboard-host=127.0.0.1"]
-    clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     with (tmp_path / "head.log").open("wb") as log:
         # From an empty folder: the cluster has no other way to the code than the submission.
-        process = subprocess.Popen(arguments, cwd=tmp_path, env=clean, stdout=log, stderr=log)
+        process = subprocess.Popen(arguments, cwd=tmp_path, env=environment, stdout=log, stderr=log)
     try:
         deadline = time.monotonic() + 120
         while not answers(f"http://127.0.0.1:{port}/api/version"):
@@ -59,10 +75,11 @@ def answers(url: str) -> bool:
         return False
 
 
-def submit(head: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+def submit(
+    head: str, environment: dict[str, str], *arguments: str
+) -> subprocess.CompletedProcess[str]:
     """Submit jobs/distill.py as the README says."""
     line = [RAY, "job", "submit", "--address", head, "--working-dir", ".", "--"]
-    environment = {name: v for name, v in os.environ.items() if name != "RAY_ADDRESS"}
     return subprocess.run(
         [*line, "python", "jobs/distill.py", *arguments],
         cwd=ROOT,
@@ -74,7 +91,7 @@ def submit(head: str, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_submitted_distillation(
-    head: str, digits_uri: str, teacher_uri: str, tmp_path: Path
+    head: str, environment: dict[str, str], digits_uri: str, teacher_uri: str, tmp_path: Path
 ) -> None:
     right = [
         "--recipe=digits_distill",
@@ -84,7 +101,7 @@ def test_submitted_distillation(
         f"teacher.uri={teacher_uri}",
         "train.images=512",
     ]
-    done = submit(head, *right)
+    done = submit(head, environment, *right)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "distill 100%" in done.stdout
     results = [line for line in done.stdout.splitlines() if line.startswith('{"run_id"')]
@@ -92,6 +109,6 @@ def test_submitted_distillation(
     assert result["run_name"] == "submitted"
     assert (Path(result["artifact_uri"]) / "model.safetensors").is_file()
 
-    wrong = submit(head, *right, "run.storage_uri=runs")
+    wrong = submit(head, environment, *right, "run.storage_uri=runs")
     assert wrong.returncode == 1
     assert "Give an absolute path or an s3:// address" in wrong.stdout + wrong.stderr
