@@ -12,9 +12,10 @@ import yaml
 
 import facm_platform.cluster
 from facm_platform import config as platform_config
-from facm_platform.config import as_yaml, load_config
+from facm_platform.config import load_config
 from facm_platform.latents import LatentManifest
 from facm_platform.training import distill, pretrain
+from facm_platform.training.run import IDENTITY, identity
 from tests.small import ARCHITECTURE, artifact_config, write_model
 
 Said = Callable[..., str]
@@ -121,13 +122,18 @@ def test_run_name_with_another_config(said: Said, recipe: Path, tmp_path: Path) 
     kept = load_config(distill.DistillConfig, str(recipe), ["objective.lambda_fm=0.5"])
     folder = tmp_path / "runs" / "student"
     folder.mkdir(parents=True)
-    (folder / "config.yaml").write_text(as_yaml(kept))
+    plan = distill.prepare(kept)
+    made_from = distill.lineage(plan.manifest, plan.teacher)
+    (folder / IDENTITY).write_text(identity(kept, made_from))
     message = said()
     assert "run.name = 'student'" in message
-    assert "-  lambda_fm: 0.5" in message
-    assert "+  lambda_fm: 1.0" in message
-    # The same config is no other: it resumes.
+    assert "-    lambda_fm: 0.5" in message
+    assert "+    lambda_fm: 1.0" in message
+    # The same config and inputs are no other run: it resumes.
     distill.prepare(kept)
+    # A teacher that was trained anew under the same address is another one.
+    (folder / IDENTITY).write_text(identity(kept, made_from | {"teacher_sha256": "another"}))
+    assert "-  teacher_sha256: another" in said("objective.lambda_fm=0.5")
 
 
 def test_job_without_a_folder_that_lasts(

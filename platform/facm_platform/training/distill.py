@@ -79,10 +79,7 @@ class DistillPlan:
             config,
             config.workers,
             job="distill",
-            lineage={
-                "manifest_sha256": self.manifest.sha256,
-                "teacher_sha256": self.teacher.sha256,
-            },
+            lineage=lineage(self.manifest, self.teacher),
             make_task=self.task,
         )
 
@@ -139,8 +136,13 @@ def prepare(config: DistillConfig) -> DistillPlan:
     teacher_uri = absolute(config.teacher.uri, "teacher.uri")
     teacher = load_artifact(teacher_uri, "teacher.uri")
     _check_teacher(config, teacher, manifest)
-    folder_uri = check_run(config.run, config)
+    folder_uri = check_run(config.run, config, lineage(manifest, teacher))
     return DistillPlan(config, folder_uri, data_uri, teacher_uri, manifest, teacher)
+
+
+def lineage(manifest: LatentManifest, teacher: Artifact) -> dict[str, str]:
+    """What a student is made from."""
+    return {"manifest_sha256": manifest.sha256, "teacher_sha256": teacher.sha256}
 
 
 def _check_teacher(config: DistillConfig, teacher: Artifact, manifest: LatentManifest) -> None:

@@ -63,6 +63,7 @@ def _work(config: dict[str, Any]) -> dict[str, float]:
     # The same number on every machine, so that sums are grouped alike; and none of the worker's
     # neighbours slowed down.
     torch.set_num_threads(config["threads"])
-    for library in ("ray.data", "ray.train"):
-        logging.getLogger(library).setLevel(logging.WARNING)
+    # The root too: Train names one of its loggers by a file's path.
+    for name in ("", "ray.data", "ray.train"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     return train(config["task"], RayContext())

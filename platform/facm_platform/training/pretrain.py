@@ -106,7 +106,7 @@ class PretrainPlan:
             config,
             config.workers,
             job="pretrain",
-            lineage={"manifest_sha256": self.manifest.sha256},
+            lineage=lineage(self.manifest),
             make_task=self.task,
         )
 
@@ -173,4 +173,10 @@ def prepare(config: PretrainConfig) -> PretrainPlan:
         architecture = config.network.on(manifest)
     except InvalidInputError as error:
         raise error.inside("network") from None
-    return PretrainPlan(config, check_run(config.run, config), data_uri, manifest, architecture)
+    folder_uri = check_run(config.run, config, lineage(manifest))
+    return PretrainPlan(config, folder_uri, data_uri, manifest, architecture)
+
+
+def lineage(manifest: LatentManifest) -> dict[str, str]:
+    """What a teacher is made from."""
+    return {"manifest_sha256": manifest.sha256}

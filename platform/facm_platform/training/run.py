@@ -6,10 +6,12 @@ import difflib
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from omegaconf import OmegaConf
+
 from facm_core.errors import InvalidInputError, require
 from facm_platform import storage
 from facm_platform.cluster import connected
-from facm_platform.config import JobResult, as_yaml
+from facm_platform.config import JobResult, as_dict
 from facm_platform.config.sections import RunConfig
 from facm_platform.tracking import (
     check_run_name,
@@ -22,30 +24,38 @@ from facm_platform.training.config import TrainConfig, WorkersConfig
 from facm_platform.training.launch import launch
 from facm_platform.training.task import TrainingTask
 
-CONFIG = "config.yaml"
+IDENTITY = "run.yaml"
+
+Lineage = Mapping[str, str]
+"""Names and hashes of what a run is made from."""
 
 
-def check_run(run: RunConfig, config: Any) -> str:
-    """Folder of the run, after making sure that this config may use it.
+def identity(config: Any, lineage: Lineage) -> str:
+    """What makes a run that run and no other: its config, and the hashes of its inputs."""
+    return OmegaConf.to_yaml({"config": as_dict(config), "made_from": dict(lineage)})
+
+
+def check_run(run: RunConfig, config: Any, lineage: Lineage) -> str:
+    """Folder of the run, after making sure that this config and these inputs may use it.
 
     Raises:
         InvalidInputError: bad name or storage, MLflow out of reach, or the name was used with
-            another config (shows the difference).
+            another config or other inputs (shows the difference).
     """
     check_run_name("run.name", run.name)
     folder = storage.join(storage.absolute(run.storage_uri, "run.storage_uri"), run.name)
     storage.check_reachable(folder, "run.storage_uri")
     check_store(run.tracking, embedded_root(run.storage_uri))
-    kept, ours = storage.join(folder, CONFIG), as_yaml(config)
+    kept, ours = storage.join(folder, IDENTITY), identity(config, lineage)
     if storage.exists(kept) and (theirs := storage.read_text(kept)) != ours:
         lines = difflib.unified_diff(
-            theirs.splitlines(), ours.splitlines(), "the run's config", "this config", lineterm=""
+            theirs.splitlines(), ours.splitlines(), "the run", "this command", lineterm=""
         )
         raise InvalidInputError(
             "run.name",
             run.name,
-            "the name is in use with another config:\n" + "\n".join(lines) + "\n",
-            "Use another run.name, or the same config to resume the run",
+            "the name is in use for another run:\n" + "\n".join(lines) + "\n",
+            "Use another run.name, or the same config and inputs to resume the run",
         )
     return folder
 
@@ -74,7 +84,7 @@ def execute(
     workers: WorkersConfig,
     *,
     job: str,
-    lineage: Mapping[str, str],
+    lineage: Lineage,
     make_task: Callable[[str, str], TrainingTask],
 ) -> JobResult:
     """Train on the cluster under one MLflow run, and log what came out.
@@ -84,13 +94,14 @@ def execute(
         config: The job's whole configuration.
         workers: Ray Train workers.
         job: Name of the job.
-        lineage: Tags of the MLflow run.
+        lineage: Of the run; its MLflow run has it as tags.
         make_task: (tracking URI, run id) -> task.
     """
     store = connect_store(run.tracking, embedded_root(run.storage_uri))
     tracked = open_run(store, run.name, job=job, config=config, tags=lineage, resume=True)
     task = make_task(store.uri, tracked.run_id)
-    storage.write_bytes(storage.join(task.folder_uri, CONFIG), as_yaml(config).encode())
+    kept = storage.join(task.folder_uri, IDENTITY)
+    storage.write_bytes(kept, identity(config, lineage).encode())
     with tracked, connected():
         metrics = launch(task, workers)
         with storage.local_copy(task.artifact_uri) as folder:
