@@ -119,6 +119,6 @@ samples     {result.sample_sheet}
 summary     {summary_uri}
 model       {result.model_name} version {result.model_version}, alias {CHALLENGER}
 promote it  .venv/bin/python jobs/promote.py model={result.model_name}
-all runs    make ui   (MLflow on http://127.0.0.1:5000)
+all runs    make ui   (MLflow on http://127.0.0.1:5000, under "Model training")
 done in {seconds / 60:.1f} minutes
 """
