@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import ray
+from ray._private.utils import read_ray_address
 
 import facm_core
 import facm_platform
@@ -29,11 +31,29 @@ def connected() -> Iterator[None]:
     # Doubled lines otherwise: Train prints what Ray forwards to the driver anyway.
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
     packages = [str(Path(package.__path__[0])) for package in (facm_core, facm_platform)]
-    ray.init(runtime_env={"py_modules": packages}, logging_level=logging.WARNING)
+    ray.init(
+        address=cluster_address(),
+        runtime_env={"py_modules": packages},
+        logging_level=logging.WARNING,
+    )
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def cluster_address() -> str | None:
+    """What to tell Ray: ``local`` where it would wait minutes for a cluster that is gone.
+
+    ``ray start`` leaves its address in a file, which stays when the cluster is killed.
+    """
+    recorded = None if "RAY_ADDRESS" in os.environ else read_ray_address()
+    if not recorded:
+        return None
+    host, _, port = recorded.rpartition(":")
+    with socket.socket() as probe:
+        probe.settimeout(5)
+        return None if probe.connect_ex((host, int(port))) == 0 else "local"
 
 
 def require_cpus(field: str, cpus: float, spare: float) -> None:

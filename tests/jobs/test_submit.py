@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import secrets
+import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -49,7 +51,9 @@ def head(tmp_path: Path, environment: dict[str, str]) -> Iterator[str]:
     """Address of the job server of a live head, started by ``ray start --head``."""
     port = free_port()
     arguments = [RAY, "start", "--head", "--block", "--num-cpus=4", f"--port={free_port()}"]
-    arguments += [f"--dashboard-port={port}", "--dashboard-host=127.0.0.1"]
+    # A temporary folder of its own: Ray leaves the head's address there for others to join.
+    folder = tempfile.mkdtemp(prefix="ray-")  # short: it holds sockets
+    arguments += [f"--dashboard-port={port}", "--dashboard-host=127.0.0.1", f"--temp-dir={folder}"]
     with (tmp_path / "head.log").open("wb") as log:
         # From an empty folder: the cluster has no other way to the code than the submission.
         process = subprocess.Popen(arguments, cwd=tmp_path, env=environment, stdout=log, stderr=log)
@@ -63,6 +67,7 @@ def head(tmp_path: Path, environment: dict[str, str]) -> Iterator[str]:
     finally:
         process.terminate()
         process.wait(timeout=60)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def answers(url: str) -> bool:
