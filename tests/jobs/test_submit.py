@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import os
 import secrets
-import shutil
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -51,9 +49,7 @@ def head(tmp_path: Path, environment: dict[str, str]) -> Iterator[str]:
     """Address of the job server of a live head, started by ``ray start --head``."""
     port = free_port()
     arguments = [RAY, "start", "--head", "--block", "--num-cpus=4", f"--port={free_port()}"]
-    # A temporary folder of its own: Ray leaves the head's address there for others to join.
-    folder = tempfile.mkdtemp(prefix="ray-")  # short: it holds sockets
-    arguments += [f"--dashboard-port={port}", "--dashboard-host=127.0.0.1", f"--temp-dir={folder}"]
+    arguments += [f"--dashboard-port={port}", "--dashboard-host=127.0.0.1"]
     with (tmp_path / "head.log").open("wb") as log:
         # From an empty folder: the cluster has no other way to the code than the submission.
         process = subprocess.Popen(arguments, cwd=tmp_path, env=environment, stdout=log, stderr=log)
@@ -67,7 +63,6 @@ def head(tmp_path: Path, environment: dict[str, str]) -> Iterator[str]:
     finally:
         process.terminate()
         process.wait(timeout=60)
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def answers(url: str) -> bool:
