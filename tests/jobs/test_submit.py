@@ -50,6 +50,8 @@ def head(tmp_path: Path, environment: dict[str, str]) -> Iterator[str]:
     port = free_port()
     arguments = [RAY, "start", "--head", "--block", "--num-cpus=4", f"--port={free_port()}"]
     arguments += [f"--dashboard-port={port}", "--dashboard-host=127.0.0.1"]
+    # Its default belongs to the agent of any other Ray on this machine; jobs go through it.
+    arguments += [f"--dashboard-agent-listen-port={free_port()}"]
     with (tmp_path / "head.log").open("wb") as log:
         # From an empty folder: the cluster has no other way to the code than the submission.
         process = subprocess.Popen(arguments, cwd=tmp_path, env=environment, stdout=log, stderr=log)
