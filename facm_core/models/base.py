@@ -20,6 +20,14 @@ class VelocityModel(Protocol):
         """The units of Chain-JVP and of sharding, in the order they run."""
 
     @property
+    def time_embedders(self) -> Iterable[nn.Module]:
+        """Modules that embed a time: computed in float32 whatever the rest is computed in."""
+
+    @property
+    def shared_parts(self) -> Iterable[nn.Module]:
+        """Parts of blocks that are also called outside of them: units of sharding of their own."""
+
+    @property
     def second_time(self) -> bool:
         """Whether the network reads r."""
 

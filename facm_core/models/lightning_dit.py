@@ -125,6 +125,16 @@ class LightningDiT(nn.Module):
         return cls(replace(published, **settings))
 
     @property
+    def time_embedders(self) -> list[nn.Module]:
+        """The embedding of t, and that of r where there is one."""
+        return [part for part in (self.t_embedder, self.r_embedder) if part is not None]
+
+    @property
+    def shared_parts(self) -> tuple[nn.Module, ...]:
+        """None."""
+        return ()
+
+    @property
     def second_time(self) -> bool:
         """Whether the network reads r."""
         return self.config.second_time
@@ -169,7 +179,7 @@ class LightningDiT(nn.Module):
         nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1))
         nn.init.zeros_(cast(Tensor, self.x_embedder.proj.bias))
         nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
-        for embedder in filter(None, (self.t_embedder, self.r_embedder)):
+        for embedder in self.time_embedders:
             for linear in _linears(embedder):
                 nn.init.normal_(linear.weight, std=0.02)
         zeroed = [*_linears(self.final_layer)]
@@ -208,8 +218,10 @@ class TimeEmbedding(nn.Module):
         )
 
     def forward(self, t: Tensor) -> Tensor:
-        features = time_features(t, FREQUENCIES)
-        return self.mlp(features.to(_linears(self.mlp)[0].weight.dtype))
+        # A rounded time is another time.
+        with torch.autocast(t.device.type, enabled=False):
+            features = time_features(t, FREQUENCIES)
+            return self.mlp(features.to(_linears(self.mlp)[0].weight.dtype))
 
 
 class LabelEmbedding(nn.Module):

@@ -1,4 +1,4 @@
-"""What every objective shares: its random draws, its result, and the losses on velocities."""
+"""What objectives share: random draws, the target velocity, the result, losses on velocities."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
+from facm_core.errors import require
+from facm_core.guidance import GuidanceConfig, guided_velocity
+from facm_core.interpolant import conditional_velocity
 from facm_core.models.base import Condition, VelocityModel, where_rows
 from facm_core.times import TimeDistribution
 
@@ -34,15 +37,17 @@ class Draws:
         x_0: Noise, like the data (B, …).
         t: Times, (B,).
         dropped: Rows whose condition is replaced by the null condition, boolean (B,).
+        r: Second times, (B,), for an objective on intervals [t, r].
     """
 
     x_0: Tensor
     t: Tensor
     dropped: Tensor
+    r: Tensor | None = None
 
     def rows(self, start: int, stop: int) -> Draws:
         """The draws of rows start … stop − 1 of the batch."""
-        return Draws(**{name: value[start:stop] for name, value in vars(self).items()})
+        return Draws(**{n: x[start:stop] for n, x in vars(self).items() if x is not None})
 
 
 class Objective(Protocol):
@@ -83,19 +88,65 @@ def draw(
 
 
 def complete(
-    drawn: Draws, x_1: Tensor, x_0: Tensor | None, t: Tensor | None, dropped: Tensor | None
+    drawn: Draws,
+    x_1: Tensor,
+    x_0: Tensor | None,
+    t: Tensor | None,
+    dropped: Tensor | None,
+    r: Tensor | None = None,
 ) -> Draws:
     """Given draws win over drawn ones; all of them like the data x_1."""
+    r = drawn.r if r is None else r
     return Draws(
         x_0=(drawn.x_0 if x_0 is None else x_0).to(x_1),
         t=(drawn.t if t is None else t).to(x_1),
         dropped=(drawn.dropped if dropped is None else dropped).to(x_1.device),
+        r=None if r is None else r.to(x_1),
     )
 
 
 def drop_condition(model: VelocityModel, condition: Condition, dropped: Tensor) -> Condition:
     """The null condition in the dropped rows."""
     return where_rows(dropped, model.null_condition(condition), condition)
+
+
+@torch.no_grad()
+def target_velocity(
+    student: VelocityModel,
+    teacher: VelocityModel | None,
+    guidance: GuidanceConfig,
+    x_t: Tensor,
+    x_1: Tensor,
+    condition: Condition,
+    draws: Draws,
+    instantaneous: tuple[Tensor, Tensor | None],
+) -> Tensor:
+    """Velocity v at (x_t, t) that the student is to follow, guided except in dropped rows.
+
+    Args:
+        student: Network under training.
+        teacher: Frozen velocity network; without one, v_c is x_1 − x_0 and v_u the student's own.
+        guidance: Scale and interval.
+        x_t: Points, (B, …).
+        x_1: Data, (B, …).
+        condition: Conditioning of the B rows, null in the dropped ones.
+        draws: Noise, times and dropped rows.
+        instantaneous: (time, r) that tell the student to give an instantaneous velocity, each
+            (B,); the average velocity of a shortcut would be no v_u.
+
+    Returns:
+        Velocity without graph, like x_1.
+    """
+    t = draws.t
+    guided = guidance.rows(t) & ~draws.dropped
+    if teacher is not None:
+        r = t if teacher.second_time else None
+        v = guided_velocity(teacher, x_t, t, condition, guidance.scale, guided, r=r)
+    else:
+        time, r = instantaneous
+        v_c = conditional_velocity(draws.x_0, x_1)
+        v = guided_velocity(student, x_t, time, condition, guidance.scale, guided, r=r, v_c=v_c)
+    return v.to(x_1.dtype)
 
 
 def mean_square(prediction: Tensor, target: Tensor) -> Tensor:
@@ -111,3 +162,14 @@ def cosine_distance(prediction: Tensor, target: Tensor) -> Tensor:
     if prediction.shape[1] == 1:
         prediction, target = prediction.flatten(1), target.flatten(1)
     return (1 - F.cosine_similarity(prediction, target, dim=1)).mean()
+
+
+def require_label_dropout(label_dropout: float) -> None:
+    """Raise `InvalidInputError` unless it is a probability below 1."""
+    require(
+        0 <= label_dropout < 1,
+        "label_dropout",
+        label_dropout,
+        "not a probability below 1",
+        "Use e.g. 0.1",
+    )

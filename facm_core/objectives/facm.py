@@ -9,9 +9,9 @@ import torch
 from torch import Generator, Tensor
 
 from facm_core.errors import require, require_one_of
-from facm_core.guidance import GuidanceConfig, guided_velocity
-from facm_core.interpolant import conditional_velocity, interpolate, per_sample
-from facm_core.jvp import chain_jvp
+from facm_core.guidance import GuidanceConfig
+from facm_core.interpolant import interpolate, per_sample
+from facm_core.jvp import anchored_jvp
 from facm_core.models.base import Condition, VelocityModel
 from facm_core.objectives.base import (
     Draws,
@@ -21,6 +21,8 @@ from facm_core.objectives.base import (
     draw,
     drop_condition,
     mean_square,
+    require_label_dropout,
+    target_velocity,
 )
 from facm_core.times import TimesConfig
 
@@ -57,13 +59,7 @@ class FACMConfig:
         require(0 < self.p < math.inf, "p", self.p, "not positive", "Use e.g. 0.5")
         require(self.c > 0, "c", self.c, "not positive", "Use e.g. 1e-3")
         require_one_of("conditioning", self.conditioning, ("expanded", "auxiliary"))
-        require(
-            0 <= self.label_dropout < 1,
-            "label_dropout",
-            self.label_dropout,
-            "not a probability below 1",
-            "Use e.g. 0.1",
-        )
+        require_label_dropout(self.label_dropout)
 
 
 class FACM:
@@ -117,22 +113,22 @@ class FACM:
         t = draws.t
         condition = drop_condition(student, condition, draws.dropped)
         x_t = interpolate(draws.x_0, x_1, t)
-        v = self._velocity(student, teacher, x_t, condition, draws, x_1)
-
-        time_fm, r_fm = anchor_time(t, self.config.conditioning)
-        f_fm = student(x_t, time_fm, condition, r_fm).to(v.dtype)
-        loss_fm = mean_square(f_fm, v) + cosine_distance(f_fm, v)
-
+        time_fm, r_fm = instantaneous = anchor_time(t, self.config.conditioning)
+        v = target_velocity(
+            student, teacher, self.config.guidance, x_t, x_1, condition, draws, instantaneous
+        )
         time_cm, r_cm = shortcut_time(t, self.config.conditioning)
-        f_cm, df_dt = chain_jvp(
+        f_fm, f_cm, df_dt = anchored_jvp(
             student,
+            (x_t, time_fm, condition, r_fm),
             (x_t, time_cm),
             (v, torch.ones_like(t)),
             condition,
             r_cm,
             recompute=self.recompute,
         )
-        f_cm, df_dt = f_cm.to(v.dtype), df_dt.to(v.dtype)
+        f_fm, f_cm, df_dt = f_fm.to(v.dtype), f_cm.to(v.dtype), df_dt.to(v.dtype)
+        loss_fm = mean_square(f_fm, v) + cosine_distance(f_fm, v)
         g = consistency_residual(f_cm.detach(), v, df_dt, t)
         target = f_cm.detach() - per_sample(alpha(t, self.config.p), g) * g.clamp(-1, 1)
         loss_cm = (beta(t) * adaptive_square(f_cm, target, self.config.c)).mean()
@@ -156,30 +152,6 @@ class FACM:
             f"the student has second_time = {student.second_time}",
             f"Use a student with second_time = {needs_second_time}, or the other conditioning",
         )
-
-    @torch.no_grad()
-    def _velocity(
-        self,
-        student: VelocityModel,
-        teacher: VelocityModel | None,
-        x_t: Tensor,
-        condition: Condition,
-        draws: Draws,
-        x_1: Tensor,
-    ) -> Tensor:
-        """Target velocity v of both tasks, (B, C, H, W)."""
-        guided = self.config.guidance.rows(draws.t) & ~draws.dropped
-        scale = self.config.guidance.scale
-        if teacher is not None:
-            r = draws.t if teacher.second_time else None
-            v = guided_velocity(teacher, x_t, draws.t, condition, scale, guided, r=r)
-        else:
-            # From scratch: the unconditional velocity comes from the anchor's domain, which is
-            # the one that learns instantaneous velocities.
-            time, r = anchor_time(draws.t, self.config.conditioning)
-            v_c = conditional_velocity(draws.x_0, x_1)
-            v = guided_velocity(student, x_t, time, condition, scale, guided, r=r, v_c=v_c)
-        return v.to(x_1.dtype)
 
 
 def anchor_time(t: Tensor, conditioning: str) -> tuple[Tensor, Tensor | None]:

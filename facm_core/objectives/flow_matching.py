@@ -19,6 +19,7 @@ from facm_core.objectives.base import (
     draw,
     drop_condition,
     mean_square,
+    require_label_dropout,
 )
 from facm_core.times import TimesConfig
 
@@ -50,13 +51,7 @@ class FlowMatchingConfig:
             "not a weight",
             "Use 0 to switch the term off",
         )
-        require(
-            0 <= self.label_dropout < 1,
-            "label_dropout",
-            self.label_dropout,
-            "not a probability below 1",
-            "Use e.g. 0.1",
-        )
+        require_label_dropout(self.label_dropout)
 
 
 class FlowMatching:

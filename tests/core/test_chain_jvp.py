@@ -165,7 +165,7 @@ def test_a_shared_block(make_model: Any, recompute: bool, assert_same: Any) -> N
 def test_a_tangent_of_another_shape_is_refused(
     dx: Tensor, dt: Tensor, name: str, make_model: Any
 ) -> None:
-    with pytest.raises(ValueError, match=f"tangent {name} has shape"):
+    with pytest.raises(ValueError, match=f"{name} = .* one tangent per value"):
         chain_jvp(make_model(), (X, T), (dx, dt), Y)
 
 

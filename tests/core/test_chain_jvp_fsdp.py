@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from dataclasses import asdict
 from functools import cache
 from itertools import product
@@ -15,8 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-ROOT = Path(__file__).resolve().parents[2]
-WATCHDOG_SECONDS = 120
+from tests.core.ranks import Results, run_ranks
 
 TEACHER = {False: "scratch", True: "teacher"}
 MODE = {False: "recorded", True: "recomputed"}
@@ -35,8 +31,6 @@ PLATFORM = {
 }
 UNREDUCED = {"unreduced": CASES["expanded-scratch-recorded"] | {"spread": "unreduced"}}
 ALL = CASES | PLATFORM | UNREDUCED
-
-Results = dict[str, list[dict[str, Any]]]  # case -> what each rank found
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +57,6 @@ def results(
     batch: dict[str, Tensor],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Results:
-    folder = tmp_path_factory.mktemp("two_ranks")
     cases = {
         name: ALL[name]
         | {
@@ -74,37 +67,8 @@ def results(
         }
         for name, (student, teacher) in models.items()
     }
-    torch.save(cases, folder / "cases.pt")
-    run_two_ranks(folder)
-    ranks = [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
-    return {name: [rank[name] for rank in ranks] for name in ALL}
-
-
-def run_two_ranks(folder: Path) -> None:
-    """Neither a failure nor a hang of a rank may hang the tests."""
-    path = os.pathsep.join([str(ROOT), str(ROOT / "platform")])
-    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     script = Path(__file__).with_name("two_ranks.py")
-    logs = [(folder / f"{rank}.log").open("w+") for rank in range(2)]
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(script), str(rank), str(folder)],
-            env=environment,
-            stdout=log,
-            stderr=log,
-        )
-        for rank, log in enumerate(logs)
-    ]
-    try:
-        for process in processes:
-            process.wait(timeout=WATCHDOG_SECONDS)
-    finally:
-        for process, log in zip(processes, logs, strict=True):
-            process.kill()
-            process.wait()
-            log.close()
-    for process, log in zip(processes, logs, strict=True):
-        assert process.returncode == 0, Path(log.name).read_text()[-3000:]
+    return run_ranks(script, cases, tmp_path_factory.mktemp("two_ranks"))
 
 
 @pytest.fixture(scope="module")

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TypeVar, cast
+from dataclasses import replace
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-M = TypeVar("M", bound=nn.Module)
+M = TypeVar("M", bound=Any)
 
 PARAM_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -20,25 +21,27 @@ PARAM_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 def shard(model: M, device: torch.device, precision: str, reshard_after_forward: bool = True) -> M:
     """Shard `model` in place over all workers, one unit a block and one for the rest.
 
-    Every rank must hold the same weights before. Weights and gradient reduction stay float32.
-    See `TrainConfig` for the settings.
+    Every rank must hold the same weights before. Weights, gradient reduction and the embedding of
+    times stay float32. See `TrainConfig` for the settings.
     """
     model = model.to(device)
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     dtype = PARAM_DTYPES[precision]
-    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
-    for block in cast(nn.ModuleList, model.blocks):
-        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward)
-    # The root takes x and t as they are: a time rounded to bfloat16 is another time.
-    root_policy = MixedPrecisionPolicy(
-        param_dtype=dtype,
-        reduce_dtype=torch.float32,
-        output_dtype=torch.float32,
-        cast_forward_inputs=False,
+    # No inputs are cast: a time rounded to bfloat16 is another time.
+    block_policy = MixedPrecisionPolicy(
+        param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
     )
-    fully_shard(
-        model, mesh=mesh, mp_policy=root_policy, reshard_after_forward=reshard_after_forward
-    )
+    policies = [
+        (MixedPrecisionPolicy(output_dtype=dtype), model.time_embedders),
+        (block_policy, model.shared_parts),
+        (block_policy, model.blocks),
+        (replace(block_policy, output_dtype=torch.float32), [model]),
+    ]
+    for policy, units in policies:
+        for unit in units:
+            fully_shard(
+                unit, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward
+            )
     return model
 
 

@@ -1,0 +1,109 @@
+"""Compiled blocks: one graph for a block's value, which is recorded, and its tangent.
+
+PyTorch does not look at the code that carries tangents; it sees the operations that code runs, on
+values and tangents, and compiles them like any others. Blocks of one build share a graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+
+Execute = Callable[..., Any]
+# Its home from PyTorch 2.12 on, and before.
+_opaque: Callable[[Execute], Execute] = (
+    getattr(torch.compiler, "nonstrict_trace", None) or torch._dynamo.nonstrict_trace
+)
+
+
+def is_compiled(block: nn.Module) -> bool:
+    """Whether ``block.compile()`` was called."""
+    return block._compiled_call_impl is not None
+
+
+def execute_compiled(block: nn.Module, execute: Execute, *args: Any, **kwargs: Any) -> Any:
+    """``execute(*args, **kwargs)``, which runs `block`, as one compiled graph."""
+    leaves, structure = tree_flatten((args, kwargs))
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    constants = [Tensor if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+    modules = nn.ModuleList([block, *(leaf for leaf in constants if isinstance(leaf, nn.Module))])
+    build = (_Description().of([*modules, constants]), structure)
+    index = _BUILDS.setdefault(build, len(_BUILDS))
+    if index == len(_PROGRAMS):
+        _PROGRAMS.append(_Program(execute, modules, constants, structure))
+    state = {**dict(modules.named_parameters()), **dict(modules.named_buffers())}
+    outputs = _compiled(index, state, tensors)
+    return tree_unflatten(list(outputs), _PROGRAMS[index].out_structure)
+
+
+class _Program(nn.Module):
+    """One build as a function of its tensors alone."""
+
+    def __init__(
+        self,
+        execute: Execute,
+        modules: nn.ModuleList,
+        constants: list[Any],
+        structure: TreeSpec,
+    ) -> None:
+        super().__init__()
+        self.execute, self.modules_used = execute, modules
+        self.constants, self.structure = constants, structure
+        self.out_structure: TreeSpec
+
+    def forward(self, tensors: list[Tensor]) -> list[Any]:
+        given = iter(tensors)
+        leaves = [next(given) if constant is Tensor else constant for constant in self.constants]
+        args, kwargs = tree_unflatten(leaves, self.structure)
+        outputs, self.out_structure = tree_flatten(self.execute(*args, **kwargs))
+        return outputs
+
+
+_BUILDS: dict[Hashable, int] = {}
+_PROGRAMS: list[_Program] = []
+
+
+@_opaque
+def _run(index: int, state: dict[str, Tensor], tensors: list[Tensor]) -> list[Any]:
+    program = _PROGRAMS[index]
+    state = {f"modules_used.{name}": tensor for name, tensor in state.items()}
+    return torch.func.functional_call(program, state, (tensors,))
+
+
+@torch.compile(dynamic=False)
+def _compiled(index: int, state: dict[str, Tensor], tensors: list[Tensor]) -> list[Any]:
+    return _run(index, state, tensors)
+
+
+class _Description:
+    """What decides what a module computes, besides its parameters and buffers, as a hashable."""
+
+    def __init__(self) -> None:
+        self.seen: dict[int, int] = {}
+
+    def of(self, thing: Any) -> Hashable:
+        if thing is None or isinstance(
+            thing, bool | int | float | str | torch.dtype | torch.device
+        ):
+            return (type(thing), thing)
+        if id(thing) in self.seen:  # shared, or a cycle
+            return ("seen", self.seen[id(thing)])
+        self.seen[id(thing)] = len(self.seen)
+        if isinstance(thing, tuple | list):
+            return (type(thing), *(self.of(item) for item in thing))
+        if isinstance(thing, dict):
+            return (type(thing), *((self.of(k), self.of(v)) for k, v in thing.items()))
+        if isinstance(thing, nn.Module):
+            own = {k: v for k, v in vars(thing).items() if k not in _MODULE_INTERNALS}
+            children = thing._modules
+            return (type(thing), self.of(own), self.of(children))
+        if hasattr(thing, "__dict__") and not isinstance(thing, Tensor) and not callable(thing):
+            return (type(thing), self.of(vars(thing)))
+        return id(thing)
+
+
+_MODULE_INTERNALS = vars(nn.Module()).keys() - {"training"} | {"forward"}
