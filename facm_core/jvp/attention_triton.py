@@ -8,7 +8,7 @@ maximum so far), it carries Σ p and the same sums that stand in
 
 This holds for any number c per query. Here c is the mean of dS over the first keys that take part:
 then the terms in dS hardly cancel, and neither the rounding of O, which comes from outside, nor
-that of P∘(dS − c) on its way to the tensor cores is magnified. Nothing else about O is computed.
+that of P∘(dS − c) on its way to the tensor cores is magnified.
 
 Legend: N queries, M keys, E channels of a query or key, W of a value; leading dimensions b, h, g.
 """
@@ -68,16 +68,18 @@ def launch(
     operands = [x if x is None else x.to(out.dtype) for x in (q, k, v, dq, dk, dv)]
     with torch.cuda.device_of(out):
         for index in product(*map(range, outer)):
-            views = [x if x is None else x[index] for x in (*operands, out, mask, result)]
-            strides = [() if x is None else x.stride() for x in views]
-            sizes = (h, g, n, m, e, w, channels)
-            _tangent[grid](*views, *strides, *sizes, scale, is_causal, **tuning)
+            views = [x if x is None else x[index] for x in (*operands, out, result, mask)]
+            *given, masks = [() if x is None else x.stride() for x in views]
+            unit = 8 if all(stride % 8 == 0 for x in given for stride in x[:-1]) else 1
+            strides = [(*(stride // unit for stride in x[:-1]), *x[-1:]) for x in given]
+            sizes = (h, g, n, m, e, w, channels, unit)
+            _tangent[grid](*views, *strides, masks, *sizes, scale, is_causal, **tuning)
 
 
 def _tuning(channels: int, dtype: torch.dtype, masked: bool) -> dict[str, Any]:
-    """Block sizes that spill few registers on Ampere and Hopper, by their compilers.
+    """Block sizes by head size: the code for Ampere and Hopper spills few registers or none.
 
-    Shared memory stays below the 99 KiB of the smallest cards since Ampere.
+    On Ampere it fits into the 99 KiB of shared memory of the smallest cards.
     """
     if dtype == torch.float32:  # without tensor cores, operands stay in registers
         n_block, m_block, stages = (32, 32, 1) if channels <= 64 else (16, 16, 1)
@@ -94,10 +96,11 @@ def _tuning(channels: int, dtype: torch.dtype, masked: bool) -> dict[str, Any]:
 
 @jit
 def _tangent(
-    q, k, v, dq, dk, dv, out, mask, result,
+    q, k, v, dq, dk, dv, out, result, mask,
     q_strides, k_strides, v_strides, dq_strides, dk_strides, dv_strides,
-    out_strides, mask_strides, result_strides,
-    h_size, g_size, n_size, m_size, E: tl.constexpr, W: tl.constexpr, CHANNELS: tl.constexpr,
+    out_strides, result_strides, mask_strides,
+    h_size, g_size, n_size, m_size,
+    E: tl.constexpr, W: tl.constexpr, CHANNELS: tl.constexpr, UNIT: tl.constexpr,
     scale, CAUSAL: tl.constexpr, N_BLOCK: tl.constexpr, M_BLOCK: tl.constexpr,
 ):  # fmt: skip
     """dO of N_BLOCK queries of one head. What is None is left out of the compiled code."""
@@ -109,9 +112,9 @@ def _tangent(
     n_left = n_size - n_start
     n, m, channel = tl.arange(0, N_BLOCK), tl.arange(0, M_BLOCK), tl.arange(0, CHANNELS)
 
-    q_n = _load(q, q_strides, b, h, g, n_start, n, channel, n_left, E)
+    q_n = _load(q, q_strides, UNIT, b, h, g, n_start, n, channel, n_left, E)
     if dq is not None:
-        dq_n = _load(dq, dq_strides, b, h, g, n_start, n, channel, n_left, E)
+        dq_n = _load(dq, dq_strides, UNIT, b, h, g, n_start, n, channel, n_left, E)
     largest = tl.full([N_BLOCK], float("-inf"), tl.float32)
     mass = tl.zeros([N_BLOCK], tl.float32)  # Σ p
     centre = tl.zeros([N_BLOCK], tl.float32)  # c
@@ -121,11 +124,11 @@ def _tangent(
     stop = tl.minimum(m_size, n_start + N_BLOCK) if CAUSAL else m_size
     for m_start in range(0, stop, M_BLOCK):
         m_left = m_size - m_start
-        k_m = _load(k, k_strides, b, h, g, m_start, m, channel, m_left, E)
+        k_m = _load(k, k_strides, UNIT, b, h, g, m_start, m, channel, m_left, E)
         s = tl.dot(q_n, k_m.T, input_precision="ieee") * (scale * log2_e)
         if mask is not None:
             m_mask = m + tl.cast(m_start, tl.int64)
-            shown = _load(mask, mask_strides, b, h, g, n_start, n, m_mask, n_left, m_size)
+            shown = _load(mask, mask_strides, 1, b, h, g, n_start, n, m_mask, n_left, m_size)
             if mask.dtype.element_ty == tl.int1:
                 s = tl.where(shown, s, float("-inf"))
             else:
@@ -145,43 +148,44 @@ def _tangent(
             if dq is not None:
                 ds = tl.dot(dq_n, k_m.T, ds, input_precision="ieee")
             if dk is not None:
-                dk_m = _load(dk, dk_strides, b, h, g, m_start, m, channel, m_left, E)
+                dk_m = _load(dk, dk_strides, UNIT, b, h, g, m_start, m, channel, m_left, E)
                 ds = tl.dot(q_n, dk_m.T, ds, input_precision="ieee")
             ds *= scale
             weighted = tl.sum(p * ds, 1)
             centre = tl.where(mass == 0, weighted / tl.where(p_sum == 0, 1.0, p_sum), centre)
             excess = excess * shrink + (weighted - centre * p_sum)
-            v_m = _load(v, v_strides, b, h, g, m_start, m, channel, m_left, W)
+            v_m = _load(v, v_strides, UNIT, b, h, g, m_start, m, channel, m_left, W)
             slope = (p * (ds - centre[:, None])).to(v_m.dtype)
             total = tl.dot(slope, v_m, total, input_precision="ieee")
         if dv is not None:
-            dv_m = _load(dv, dv_strides, b, h, g, m_start, m, channel, m_left, W)
+            dv_m = _load(dv, dv_strides, UNIT, b, h, g, m_start, m, channel, m_left, W)
             total = tl.dot(p.to(dv_m.dtype), dv_m, total, input_precision="ieee")
         mass = mass * shrink + p_sum
         largest = larger
 
-    o_n = _load(out, out_strides, b, h, g, n_start, n, channel, n_left, W).to(tl.float32)
+    o_n = _load(out, out_strides, UNIT, b, h, g, n_start, n, channel, n_left, W).to(tl.float32)
     do = (total - excess[:, None] * o_n) / mass[:, None]
     tl.store(
-        _address(result, result_strides, b, h, g, n_start, n, channel),
+        _address(result, result_strides, UNIT, b, h, g, n_start, n, channel),
         tl.where(mass[:, None] == 0, 0.0, do).to(result.dtype.element_ty),
         mask=(n < n_left)[:, None] & (channel < W)[None, :],
     )
 
 
 @jit
-def _load(x, strides, b, h, g, start, rows, columns, rows_left, columns_size):
+def _load(x, strides, UNIT: tl.constexpr, b, h, g, start, rows, columns, rows_left, columns_size):
     """x[b, h, g, start + rows, columns]; zero outside."""
     return tl.load(
-        _address(x, strides, b, h, g, start, rows, columns),
+        _address(x, strides, UNIT, b, h, g, start, rows, columns),
         mask=(rows < rows_left)[:, None] & (columns < columns_size)[None, :],
         other=0,
     )
 
 
 @jit
-def _address(x, strides, b, h, g, start, rows, columns):
+def _address(x, strides, UNIT: tl.constexpr, b, h, g, start, rows, columns):
+    """Strides but the last count in units, so that the compiler sees what is aligned."""
     # Long ways in 64 bits, as scalars; 32 are enough within a block.
-    matrix = x + b * strides[0] + h * strides[1] + g * strides[2]
-    block = matrix + tl.cast(start, tl.int64) * strides[3]
-    return block + rows[:, None] * strides[3] + columns[None, :] * strides[4]
+    matrix = x + (b * strides[0] + h * strides[1] + g * strides[2]) * UNIT
+    block = matrix + tl.cast(start, tl.int64) * strides[3] * UNIT
+    return block + rows[:, None] * strides[3] * UNIT + columns[None, :] * strides[4]

@@ -22,7 +22,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_map_only, tree_unflatten
 
 from facm_core.errors import require
-from facm_core.jvp.compiled import execute_compiled, is_compiled
+from facm_core.jvp.compiled import compilers, execute_compiled
 from facm_core.jvp.dual import DualTensor, as_lane
 from facm_core.jvp.rules import TangentError
 
@@ -106,7 +106,8 @@ class Packed(NamedTuple):
 
 def _pack(tree: Any) -> Any:
     def pack(dual: DualTensor) -> Packed:
-        return Packed([lane.value for lane in dual.lanes], [lane.tangent for lane in dual.lanes])
+        lanes = [dual.lane(i) for i in range(len(dual.lanes))]
+        return Packed([lane.value for lane in lanes], [lane.tangent for lane in lanes])
 
     return tree_map_only(DualTensor, pack, tree)
 
@@ -136,16 +137,22 @@ def _call(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], recompute: bool
 ) -> list[tuple[Tensor, Tensor]]:
     """Call the network on packed tensors; value and tangent of each lane."""
+    model = _uncompiled(model)
     _check_determinism(model)
     torch.clear_autocast_cache()  # casts made without gradients would cut ours off
     recomputed = _blocks(model) if recompute and torch.is_grad_enabled() else []
+    backends = compilers(model)
+    # They meet plain tensors at their borders.
+    units = [x for x in model.modules() if isinstance(x, FSDPModule) or x in backends]
     with ExitStack() as stack:
+        # A compiled function inside the network would compile us as well.
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(_called_uncompiled(model))
         stack.enter_context(_forward(model, partial(_carry, model.forward)))
-        for unit in dict.fromkeys([*recomputed, *_units(model)]):
+        for unit in {*recomputed, *units} - {model}:
             execute = partial(_carry, unit.forward)
-            if is_compiled(unit):
-                execute = partial(execute_compiled, unit, execute)
+            if unit in backends:
+                execute = partial(execute_compiled, unit, backends[unit], execute)
                 stack.enter_context(_called_uncompiled(unit))
             forward = partial(_recompute, execute) if unit in recomputed else execute
             stack.enter_context(_forward(unit, forward))
@@ -163,15 +170,6 @@ def _call(
     ]
 
 
-def _units(model: nn.Module) -> list[nn.Module]:
-    """What has hooks of FSDP's or a compiled form: meets plain tensors at its borders."""
-    return [
-        module
-        for module in model.modules()
-        if module is not model and (isinstance(module, FSDPModule) or is_compiled(module))
-    ]
-
-
 def _blocks(model: nn.Module) -> list[nn.Module]:
     """The model's block list.
 
@@ -179,7 +177,7 @@ def _blocks(model: nn.Module) -> list[nn.Module]:
         InvalidInputError: it has none.
     """
     blocks = getattr(model, "blocks", None)
-    modules = list(blocks) if isinstance(blocks, Iterable) else []
+    modules = [_uncompiled(x) for x in blocks] if isinstance(blocks, Iterable) else []
     require(
         bool(modules) and set(modules) <= set(model.modules()),
         f"{type(model).__name__}.blocks",
@@ -188,6 +186,11 @@ def _blocks(model: nn.Module) -> list[nn.Module]:
         "Give the network a property `blocks`, or use recompute=False",
     )
     return modules
+
+
+def _uncompiled(module: Any) -> Any:
+    """What ``torch.compile(module)`` wrapped, if it did."""
+    return getattr(module, "_orig_mod", module)
 
 
 def _check_determinism(model: nn.Module) -> None:
@@ -267,6 +270,12 @@ def _recompute(execute: Forward, *args: Any, **kwargs: Any) -> Any:
         outputs = execute(*args, **kwargs)
     torch.clear_autocast_cache()
     results, out_structure = tree_flatten(outputs)
+    for leaf in results:
+        if not (leaf is None or isinstance(leaf, Tensor | int | float | str)):
+            raise TangentError(
+                f"is a {type(leaf).__name__}: tensors inside of it would lose their gradient",
+                "Return tensors, or register the class with `torch.utils._pytree`",
+            )
     leaves, structure = tree_flatten(_without_tangents((args, kwargs)))
     call = _BlockCall(execute, structure, out_structure, _autocast(leaves))
     # Autograd runs the backward pass of a function only if one of its inputs wants a gradient,

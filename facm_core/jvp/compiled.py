@@ -6,11 +6,14 @@ values and tangents, and compiles them like any others. Blocks of one build shar
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Hashable
+from types import FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo.eval_frame import OptimizedModule, innermost_backend
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 Execute = Callable[..., Any]
@@ -20,40 +23,55 @@ _opaque: Callable[[Execute], Execute] = (
 )
 
 
-def is_compiled(block: nn.Module) -> bool:
-    """Whether ``block.compile()`` was called."""
-    return block._compiled_call_impl is not None
+def compilers(model: nn.Module) -> dict[nn.Module, Any]:
+    """The network's compiled modules, and the backend of each.
+
+    They were compiled by ``block.compile(…)`` or are inside of what ``torch.compile(block)`` gave.
+    """
+    callbacks: dict[nn.Module, Any] = {}
+    for module in model.modules():
+        if isinstance(module, OptimizedModule):
+            callbacks[module._orig_mod] = module.dynamo_ctx.callback
+        elif module._compiled_call_impl is not None:
+            variables = inspect.getclosurevars(module._compiled_call_impl).nonlocals
+            callbacks[module] = variables["callback"]
+    return {module: innermost_backend(callback) for module, callback in callbacks.items()}
 
 
-def execute_compiled(block: nn.Module, execute: Execute, *args: Any, **kwargs: Any) -> Any:
+def execute_compiled(
+    block: nn.Module, backend: Any, execute: Execute, *args: Any, **kwargs: Any
+) -> Any:
     """``execute(*args, **kwargs)``, which runs `block`, as one compiled graph."""
     leaves, structure = tree_flatten((args, kwargs))
     tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
     constants = [Tensor if isinstance(leaf, Tensor) else leaf for leaf in leaves]
     modules = nn.ModuleList([block, *(leaf for leaf in constants if isinstance(leaf, nn.Module))])
-    build = (_Description().of([*modules, constants]), structure)
+    build = (_Description().of([*modules, constants, vars(backend)]), structure)
     index = _BUILDS.setdefault(build, len(_BUILDS))
     if index == len(_PROGRAMS):
-        _PROGRAMS.append(_Program(execute, modules, constants, structure))
+        _PROGRAMS.append(_Program(structure, backend))
+    program = _PROGRAMS[index]
+    program.execute, program.modules_used, program.constants = execute, modules, constants
     state = {**dict(modules.named_parameters()), **dict(modules.named_buffers())}
-    outputs = _compiled(index, state, tensors)
-    return tree_unflatten(list(outputs), _PROGRAMS[index].out_structure)
+    with torch.compiler.set_stance("default"):
+        outputs = program.compiled(index, state, tensors)
+    return tree_unflatten(list(outputs), program.out_structure)
 
 
 class _Program(nn.Module):
-    """One build as a function of its tensors alone."""
+    """One build as a function of its tensors alone; a block of that build fills it."""
 
-    def __init__(
-        self,
-        execute: Execute,
-        modules: nn.ModuleList,
-        constants: list[Any],
-        structure: TreeSpec,
-    ) -> None:
+    execute: Execute
+    modules_used: nn.ModuleList
+    constants: list[Any]
+    out_structure: TreeSpec
+
+    def __init__(self, structure: TreeSpec, backend: Any) -> None:
         super().__init__()
-        self.execute, self.modules_used = execute, modules
-        self.constants, self.structure = constants, structure
-        self.out_structure: TreeSpec
+        self.structure = structure
+        # A copy of the code, since PyTorch compiles one code a few times only.
+        call = FunctionType(_call.__code__.replace(), globals())
+        self.compiled = torch.compile(call, backend=backend, dynamic=False)
 
     def forward(self, tensors: list[Tensor]) -> list[Any]:
         given = iter(tensors)
@@ -74,8 +92,7 @@ def _run(index: int, state: dict[str, Tensor], tensors: list[Tensor]) -> list[An
     return torch.func.functional_call(program, state, (tensors,))
 
 
-@torch.compile(dynamic=False)
-def _compiled(index: int, state: dict[str, Tensor], tensors: list[Tensor]) -> list[Any]:
+def _call(index: int, state: dict[str, Tensor], tensors: list[Tensor]) -> list[Any]:
     return _run(index, state, tensors)
 
 
@@ -84,6 +101,7 @@ class _Description:
 
     def __init__(self) -> None:
         self.seen: dict[int, int] = {}
+        self.kept: list[Any] = []  # an id is unique as long as its object lives
 
     def of(self, thing: Any) -> Hashable:
         if thing is None or isinstance(
@@ -93,12 +111,17 @@ class _Description:
         if id(thing) in self.seen:  # shared, or a cycle
             return ("seen", self.seen[id(thing)])
         self.seen[id(thing)] = len(self.seen)
+        self.kept.append(thing)
         if isinstance(thing, tuple | list):
             return (type(thing), *(self.of(item) for item in thing))
         if isinstance(thing, dict):
             return (type(thing), *((self.of(k), self.of(v)) for k, v in thing.items()))
         if isinstance(thing, nn.Module):
-            own = {k: v for k, v in vars(thing).items() if k not in _MODULE_INTERNALS}
+            own = {
+                name: value
+                for name, value in vars(thing).items()
+                if name not in _MODULE_INTERNALS and not name.startswith(_STATE_OF_FSDP)
+            }
             children = thing._modules
             return (type(thing), self.of(own), self.of(children))
         if hasattr(thing, "__dict__") and not isinstance(thing, Tensor) and not callable(thing):
@@ -107,3 +130,4 @@ class _Description:
 
 
 _MODULE_INTERNALS = vars(nn.Module()).keys() - {"training"} | {"forward"}
+_STATE_OF_FSDP = "__composable_api_state_key"

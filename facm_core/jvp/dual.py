@@ -12,16 +12,20 @@ by operation. What is the same for all of them (parameters, conditions) stays an
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from types import FunctionType
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from facm_core.jvp.rules import (
     Lane,
     TangentError,
+    is_differentiable,
     leaves,
     map_leaves,
+    rebuilt,
     tangent_of,
     writes_in_place,
 )
@@ -40,8 +44,38 @@ class DualTensor(Tensor):
         self: DualTensor = Tensor._make_wrapper_subclass(
             cls, value.shape, dtype=value.dtype, device=value.device
         )
-        self.lanes = tuple(lanes)
+        self.hold(lanes)
         return self
+
+    def hold(self, lanes: Sequence[Lane]) -> None:
+        """Have these lanes from now on."""
+        if len({(lane.value.shape, lane.value.dtype) for lane in lanes}) > 1:
+            raise TangentError("has shapes or types that differ between tasks", _REMEDY)
+        self.lanes = tuple(lanes)
+        # Only a custom autograd Function looks at it; what that gives has a `grad_fn` then.
+        with torch._C.DisableTorchFunctionSubclass():
+            self.requires_grad = any(lane.value.requires_grad for lane in lanes)
+
+    def lane(self, index: int) -> Lane:
+        """One of the lanes, for use.
+
+        Raises:
+            TangentError: something changed the value without its tangent or without its graph.
+        """
+        with torch._C.DisableTorchFunctionSubclass():
+            function = self.grad_fn
+        if function is not None:
+            raise TangentError(
+                f"uses what {function.name()} computed, a custom autograd Function whose gradient "
+                "would be lost",
+                "Write it with PyTorch's functions, or call it inside a block and recompute",
+            )
+        lane = self.lanes[index]
+        if lane.value._version != lane.version:
+            raise TangentError(
+                "uses a tensor that was written to through another view of it", "Write out of place"
+            )
+        return lane
 
     @classmethod
     def __torch_function__(
@@ -76,8 +110,12 @@ _REMEDY = "Write it with PyTorch's functions, or register a `tangent_rule` for i
 def _on_lanes(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if func in _METADATA:  # the same in every lane
         return func(args[0].lanes[0].value, *args[1:], **kwargs)
+    if func in _OPENED:
+        return _OPENED[func](*args, **kwargs)
     if func in _OUTSIDE:
-        raise TangentError("takes values out of PyTorch", _REMEDY)
+        raise TangentError("leads past what carries tangents", _REMEDY)
+    if kwargs.get("out") is not None:
+        raise TangentError("writes into its argument `out`", "Use what it returns")
     in_place = writes_in_place(func, kwargs)
     if in_place and not isinstance(args[0], DualTensor):
         raise TangentError(
@@ -89,7 +127,7 @@ def _on_lanes(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     results = [_evaluate(func, _lane(args, i), _lane(kwargs, i), in_place) for i in lanes]
     if not in_place:
         return _merge(results)
-    args[0].lanes = tuple(results)
+    args[0].hold(results)
     return args[0]
 
 
@@ -100,13 +138,17 @@ def as_lane(value: Tensor, tangent: Tensor | None) -> Lane:
 
 def _evaluate(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any], in_place: bool) -> Any:
     """One lane: the operation's tensors as `Lane`s."""
-    carries = any(isinstance(x, Lane) and x.tangent is not None for x in leaves((args, kwargs)))
+    lanes = [leaf for leaf in leaves((args, kwargs)) if isinstance(leaf, Lane)]
+    carries = any(lane.tangent is not None for lane in lanes)
     values, keywords = map_leaves(_value, args), map_leaves(_value, kwargs)
     if in_place:
         tangent = tangent_of(func, args, kwargs, None) if carries else None
         func(*values, **keywords)
         return as_lane(values[0], tangent)
     result = func(*values, **keywords)
+    if any(lane.value._version != lane.version for lane in lanes):
+        raise TangentError("changes its argument", "Write out of place")
+    carries = carries and any(map(is_differentiable, leaves(result)))
     return _pair(result, tangent_of(func, args, kwargs, result) if carries else None)
 
 
@@ -116,12 +158,10 @@ def _value(leaf: Any) -> Any:
 
 def _pair(values: Any, tangents: Any) -> Any:
     if isinstance(values, Tensor):
-        differentiable = values.is_floating_point() or values.is_complex()
-        return as_lane(values, tangents if differentiable else None)
+        return as_lane(values, tangents if is_differentiable(values) else None)
     if isinstance(values, tuple | list):
         tangents = [None] * len(values) if tangents is None else tangents
-        items = [_pair(*pair) for pair in zip(values, tangents, strict=True)]
-        return tuple(items) if isinstance(values, tuple) else items
+        return rebuilt(values, [_pair(*pair) for pair in zip(values, tangents, strict=True)])
     return values
 
 
@@ -131,27 +171,23 @@ def _merge(results: list[Any]) -> Any:
     if isinstance(first, Lane):
         return DualTensor(results)
     if isinstance(first, tuple | list):
-        return type(first)(_merge(list(items)) for items in zip(*results, strict=True))
+        return rebuilt(first, [_merge(list(items)) for items in zip(*results, strict=True)])
     if any(result != first for result in results[1:]):
         raise TangentError("steers Python by values that differ between tasks", _REMEDY)
     return first
 
 
 def _lane(tree: Any, index: int) -> Any:
-    def pick(leaf: Any) -> Any:
-        if not isinstance(leaf, DualTensor):
-            return leaf
-        lane = leaf.lanes[index]
-        if lane.value._version != lane.version:
-            raise TangentError(
-                "reads a tensor that was written to through another view of it",
-                "Write out of place",
-            )
-        return lane
-
-    return map_leaves(pick, tree)
+    return map_leaves(lambda leaf: leaf.lane(index) if isinstance(leaf, DualTensor) else leaf, tree)
 
 
+def _opened(function: Function) -> Function:
+    """The code of a Python function that hands itself over whole where it meets a dual tensor."""
+    names = {**function.__globals__, "has_torch_function": lambda _: False}
+    return FunctionType(function.__code__, names)
+
+
+_OPENED = {F.multi_head_attention_forward: _opened(F.multi_head_attention_forward)}
 _METADATA = {
     *(
         getattr(Tensor, name).__get__
@@ -165,6 +201,10 @@ _METADATA = {
     torch.is_floating_point,
 }
 _OUTSIDE = {
-    getattr(Tensor, name)
-    for name in ("data_ptr", "numpy", "__array__", "untyped_storage", "__dlpack__", "register_hook")
+    *(
+        getattr(Tensor, name)
+        for name in ("data_ptr", "numpy", "__array__", "__dlpack__", "storage", "untyped_storage")
+    ),
+    *(getattr(Tensor, name) for name in ("set_", "__reduce_ex__", "register_hook")),
+    Tensor.data.__set__,  # type: ignore[attr-defined]
 }

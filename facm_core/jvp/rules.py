@@ -6,6 +6,7 @@ own; every other one is left to PyTorch's forward-mode derivative of that single
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -53,7 +54,7 @@ class TangentError(NotImplementedError):
         self.operation, self.module = "", ""
 
     def __str__(self) -> str:
-        return f"{self.module}: {self.operation} {self.problem}. {self.remedy}."
+        return f"{self.module}: {self.operation or 'the output'} {self.problem}. {self.remedy}."
 
 
 Rule = Callable[[Operation, Arguments, Keywords, Any], Any]
@@ -64,10 +65,13 @@ RULES: dict[Operation, Rule] = {}
 
 
 def tangent_rule(*operations: Operation) -> Callable[[Rule], Rule]:
-    """Decorator: register the rule of `operations` (functions or methods of tensors)."""
+    """Decorator: register the rule of `operations`.
+
+    They are functions, methods of tensors, or made by ``torch.library.custom_op``.
+    """
 
     def register(rule: Rule) -> Rule:
-        RULES.update(dict.fromkeys(operations, rule))
+        RULES.update({getattr(op, "_opoverload", op): rule for op in operations})
         return rule
 
     return register
@@ -102,18 +106,20 @@ def single_operation(operation: Operation, args: Arguments, kwargs: Keywords, re
         if not isinstance(leaf, Tensor):
             return None
         primal, tangent = forward_ad.unpack_dual(leaf)
+        if tangent is None and is_differentiable(primal) and _is_custom(operation):
+            raise NotImplementedError  # PyTorch takes it for a constant
         return torch.zeros_like(primal) if tangent is None else tangent
 
     with forward_ad.dual_level():
         args, kwargs = map_leaves(dual, args), map_leaves(dual, kwargs)
         try:
             output = operation(*args, **kwargs)
+            return map_leaves(tangent, args[0] if in_place else output)
         except NotImplementedError as error:
             raise TangentError(
                 "has no forward-mode derivative",
                 "Write it with operations that have one, or register a `tangent_rule` for it",
             ) from error
-        return map_leaves(tangent, args[0] if in_place else output)
 
 
 def wide(leaf: Any) -> Any:
@@ -122,20 +128,26 @@ def wide(leaf: Any) -> Any:
     return leaf.float() if narrow else leaf
 
 
+def is_differentiable(leaf: Any) -> bool:
+    """Whether it is a tensor that can have a tangent."""
+    return isinstance(leaf, Tensor) and (leaf.is_floating_point() or leaf.is_complex())
+
+
+def _is_custom(operation: Operation) -> bool:
+    """Whether it comes from ``torch.ops``, but not from PyTorch."""
+    module = getattr(operation, "__module__", None) or ""
+    return module.startswith(("torch._ops.", "torch.ops.")) and module != "torch._ops.aten"
+
+
 def writes_in_place(operation: Operation, kwargs: Keywords) -> bool:
     """Whether the operation changes its first argument."""
     name = getattr(operation, "__name__", "")
-    return (
-        bool(kwargs.get("inplace"))
-        or (name.endswith("_") and not name.endswith("__"))
-        or name in _IN_PLACE_OPERATORS
-    )
+    return bool(kwargs.get("inplace")) or _IN_PLACE.fullmatch(name) is not None
 
 
-_IN_PLACE_OPERATORS = {
-    f"__{name}__"
-    for name in ("setitem", "iadd", "isub", "imul", "itruediv", "ipow", "iand", "ior", "imatmul")
-}
+_IN_PLACE = re.compile(
+    r"\w*[^_]_|__(setitem|i(add|sub|mul|div|truediv|floordiv|mod|pow|and|or|xor|lshift|rshift))__"
+)
 
 
 def map_leaves(function: Callable[[Any], Any], tree: Any) -> Any:
@@ -145,14 +157,18 @@ def map_leaves(function: Callable[[Any], Any], tree: Any) -> Any:
     if isinstance(tree, torch.Size):
         return tree
     if isinstance(tree, tuple | list):
-        items = [map_leaves(function, item) for item in tree]
-        # torch.return_types and named tuples take their items in different ways.
-        return tree._make(items) if hasattr(tree, "_make") else type(tree)(items)
+        return rebuilt(tree, [map_leaves(function, item) for item in tree])
     if isinstance(tree, dict):
         return {name: map_leaves(function, item) for name, item in tree.items()}
     if isinstance(tree, slice):
         return slice(*(map_leaves(function, x) for x in (tree.start, tree.stop, tree.step)))
     return function(tree)
+
+
+def rebuilt(tree: Any, items: list[Any]) -> Any:
+    """The tuple or list with other items."""
+    # torch.return_types and named tuples take their items in different ways.
+    return tree._make(items) if hasattr(tree, "_make") else type(tree)(items)
 
 
 def leaves(tree: Any) -> Iterator[Any]:
@@ -172,12 +188,17 @@ def _named(names: str) -> Iterator[Operation]:
     """The operations of these names in torch, torch.nn.functional and as methods."""
     for name in names.split():
         for home in (torch, F, Tensor):
-            if hasattr(home, name):
-                yield getattr(home, name)
+            if callable(operation := getattr(home, name, None)):  # torch.half is a dtype
+                yield operation
 
 
 def _primal(leaf: Any) -> Any:
     return leaf.value if isinstance(leaf, Lane) else leaf
+
+
+def _operands(args: Arguments, kwargs: Keywords) -> list[Any]:
+    """One operand or two, given by position or by name."""
+    return [*args, *(kwargs[name] for name in ("input", "other", "mat2") if name in kwargs)]
 
 
 def _tangent(leaf: Any) -> Tensor | None:
@@ -203,11 +224,10 @@ def linear_as_it_stands(op: Operation, args: Arguments, kwargs: Keywords, result
     """The same operation on the tangents, with zeros for constants."""
 
     def tangent_or_zero(leaf: Any) -> Any:
-        if isinstance(leaf, Lane):
-            value, tangent = leaf.value, leaf.tangent
-            return torch.zeros_like(value) if tangent is None else tangent
-        differentiable = isinstance(leaf, Tensor) and leaf.is_floating_point()
-        return torch.zeros_like(leaf) if differentiable else leaf
+        value, tangent = _primal(leaf), _tangent(leaf)
+        if tangent is None and is_differentiable(value):
+            return torch.zeros_like(value)
+        return value if tangent is None else tangent
 
     return op(*map_leaves(tangent_or_zero, args), **map_leaves(tangent_or_zero, kwargs))
 
@@ -215,20 +235,18 @@ def linear_as_it_stands(op: Operation, args: Arguments, kwargs: Keywords, result
 @tangent_rule(*_named("add __add__ __radd__ sub subtract __sub__"), Tensor.__rsub__)
 def sum_rule(op: Operation, args: Arguments, kwargs: Keywords, result: Any) -> Any:
     """d(a ± α·b) = da ± α·db."""
-    a, b = (_tangent(arg) for arg in args[:2])
-    if a is not None and b is not None:
-        return op(a, b, **kwargs)
-    if a is not None:
+    a, b = map(_tangent, _operands(args, kwargs))
+    if a is not None and b is None:
         return (-a if op is Tensor.__rsub__ else a).expand(result.shape)
-    return op(torch.zeros((), dtype=result.dtype, device=result.device), b, **kwargs).expand(
-        result.shape
-    )
+    a = torch.zeros((), dtype=result.dtype, device=result.device) if a is None else a
+    factor = {"alpha": kwargs["alpha"]} if "alpha" in kwargs else {}
+    return op(a, b, **factor).expand(result.shape)
 
 
 @tangent_rule(*_named("mul multiply __mul__ __rmul__ matmul __matmul__ __rmatmul__ mm bmm"))
 def product_rule(op: Operation, args: Arguments, kwargs: Keywords, result: Any) -> Any:
     """d(a·b) = da·b + a·db."""
-    a, b = args
+    a, b = _operands(args, kwargs)
     left = None if _tangent(a) is None else op(_tangent(a), _primal(b))
     right = None if _tangent(b) is None else op(_primal(a), _tangent(b))
     return left if right is None else right if left is None else left + right
@@ -237,8 +255,8 @@ def product_rule(op: Operation, args: Arguments, kwargs: Keywords, result: Any) 
 @tangent_rule(*_named("div divide true_divide __truediv__"))
 def quotient_rule(op: Operation, args: Arguments, kwargs: Keywords, result: Any) -> Any:
     """d(a/b) = (da − (a/b)·db)/b."""
-    a, b = args
-    if kwargs:  # a rounding mode
+    a, b = _operands(args, kwargs)
+    if kwargs.get("rounding_mode"):
         return single_operation(op, args, kwargs, result)
     da, db = _tangent(a), _tangent(b)
     if db is None:
@@ -261,22 +279,56 @@ def affine_rule(op: Operation, args: Arguments, kwargs: Keywords, result: Any) -
 @tangent_rule(*_named("silu"))
 def silu_rule(op: Operation, args: Arguments, kwargs: Keywords, result: Any) -> Any:
     """Elementwise, so the backward kernel is the derivative."""
-    x = args[0] if args else kwargs["input"]
+    (x,) = _operands(args, kwargs)
     return torch.ops.aten.silu_backward(x.tangent, x.value)
 
 
 @tangent_rule(*_named("square"))
 def square_rule(op: Operation, args: Arguments, kwargs: Keywords, result: Any) -> Any:
     """dy = 2·x·dx."""
-    (x,) = args
+    (x,) = _operands(args, kwargs)
     return x.value * x.tangent * 2
 
 
 @tangent_rule(*_named("rsqrt"))
 def rsqrt_rule(op: Operation, args: Arguments, kwargs: Keywords, result: Any) -> Any:
     """dy = −½·y³·dx."""
-    (x,) = args
+    (x,) = _operands(args, kwargs)
     return result**3 * x.tangent * -0.5
+
+
+@tangent_rule(F.layer_norm)
+def layer_norm_rule(op: Operation, args: Arguments, kwargs: Keywords, result: Any) -> Any:
+    """With the normalised x̂ and 1/σ: dy = w·(dx − mean(dx) − x̂·mean(x̂·dx))/σ, in float32."""
+    names = ("input", "normalized_shape", "weight", "bias", "eps")
+    given = {"eps": 1e-5, **dict(zip(names, args, strict=False)), **kwargs}
+    if any(isinstance(given.get(name), Lane) for name in ("weight", "bias")):
+        return single_operation(op, args, kwargs, result)
+    return _norm_tangent(given, centred=True)
+
+
+@tangent_rule(F.rms_norm)
+def rms_norm_rule(op: Operation, args: Arguments, kwargs: Keywords, result: Any) -> Any:
+    """As for `layer_norm_rule`, without means."""
+    names = ("input", "normalized_shape", "weight", "eps")
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    if isinstance(given.get("weight"), Lane):
+        return single_operation(op, args, kwargs, result)
+    if given.get("eps") is None:
+        given["eps"] = torch.finfo(wide(given["input"].value).dtype).eps  # as PyTorch does
+    return _norm_tangent(given, centred=False)
+
+
+def _norm_tangent(given: Keywords, centred: bool) -> Tensor:
+    dims = tuple(range(-len(given["normalized_shape"]), 0))
+    x, dx = wide(given["input"].value), wide(given["input"].tangent)
+    if centred:
+        x, dx = x - x.mean(dims, keepdim=True), dx - dx.mean(dims, keepdim=True)
+    scale = torch.rsqrt(x.square().mean(dims, keepdim=True) + given["eps"])
+    unit = x * scale
+    tangent = scale * (dx - unit * (unit * dx).mean(dims, keepdim=True))
+    weight = given.get("weight")
+    return tangent if weight is None else tangent * weight
 
 
 @tangent_rule(*_named("detach"), Tensor.data.__get__)  # type: ignore[attr-defined]
@@ -296,7 +348,12 @@ def factory_rule(op: Operation, args: Arguments, kwargs: Keywords, result: Any) 
     return torch.zeros_like(result)
 
 
-@tangent_rule(*_named("dropout alpha_dropout feature_dropout dropout1d dropout2d dropout3d"))
+@tangent_rule(
+    *_named(
+        "dropout dropout1d dropout2d dropout3d alpha_dropout feature_dropout feature_alpha_dropout "
+        "dropout_ alpha_dropout_ feature_dropout_ feature_alpha_dropout_"
+    )
+)
 def dropout_rule(op: Operation, args: Arguments, kwargs: Keywords, result: Any) -> Any:
     """Passes, as long as nothing is dropped: value and tangent would draw different masks."""
     given = {**dict(zip(("input", "p", "training"), args, strict=False)), **kwargs}
@@ -306,6 +363,12 @@ def dropout_rule(op: Operation, args: Arguments, kwargs: Keywords, result: Any) 
             "Set its probability to 0",
         )
     return given["input"].tangent
+
+
+@tangent_rule(*_named("gumbel_softmax rrelu rrelu_"))
+def random_rule(op: Operation, args: Arguments, kwargs: Keywords, result: Any) -> Any:
+    """The tangent would be that of other random numbers."""
+    raise TangentError("draws random numbers inside the JVP", "Draw them outside of the network")
 
 
 @tangent_rule(F.scaled_dot_product_attention)

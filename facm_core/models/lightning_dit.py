@@ -8,14 +8,14 @@ B batch, N tokens, D hidden size, C latent channels, H heads, K head size.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from facm_core.errors import InvalidInputError, require
+from facm_core.errors import require, require_one_of
 from facm_core.models.base import Condition
 
 FREQUENCIES = 256  # width of the sinusoidal time features, before the MLP
@@ -83,6 +83,20 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
+def preset_config(name: str, **settings: Any) -> LightningDiTConfig:
+    """See `LightningDiT.preset`.
+
+    Raises:
+        InvalidInputError: an unknown preset or field.
+    """
+    require_one_of("preset", name, tuple(PRESETS))
+    values = {"input_size": 16, "in_channels": 32, "num_classes": 1000} | PRESETS[name] | settings
+    known = tuple(field.name for field in fields(LightningDiTConfig))
+    for field_name in settings:
+        require_one_of("architecture", field_name, known)
+    return LightningDiTConfig(**values)
+
+
 class LightningDiT(nn.Module):
     """Class-conditional velocity network.
 
@@ -115,14 +129,7 @@ class LightningDiT(nn.Module):
             name: A key of `PRESETS`.
             settings: Fields of `LightningDiTConfig` that differ.
         """
-        if name not in PRESETS:
-            raise InvalidInputError(
-                "preset", name, "unknown preset", f"Use one of {', '.join(PRESETS)}"
-            )
-        published = LightningDiTConfig(
-            input_size=16, in_channels=32, num_classes=1000, **PRESETS[name]
-        )
-        return cls(replace(published, **settings))
+        return cls(preset_config(name, **settings))
 
     @property
     def time_embedders(self) -> list[nn.Module]:

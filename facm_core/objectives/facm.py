@@ -113,10 +113,25 @@ class FACM:
         t = draws.t
         condition = drop_condition(student, condition, draws.dropped)
         x_t = interpolate(draws.x_0, x_1, t)
-        time_fm, r_fm = instantaneous = anchor_time(t, self.config.conditioning)
+        instantaneous = anchor_time(t, self.config.conditioning)
         v = target_velocity(
             student, teacher, self.config.guidance, x_t, x_1, condition, draws, instantaneous
         )
+        return self.loss(student, x_t, t, v, condition)
+
+    def loss(
+        self, student: VelocityModel, x_t: Tensor, t: Tensor, v: Tensor, condition: Condition
+    ) -> ObjectiveOutput:
+        """Both tasks at the points x_t (B, C, H, W) and times t (B,), in one call of `student`.
+
+        Args:
+            student: Network under training.
+            x_t: Points.
+            t: Times.
+            v: Target velocity there, like x_t.
+            condition: Conditioning of the B rows.
+        """
+        time_fm, r_fm = anchor_time(t, self.config.conditioning)
         time_cm, r_cm = shortcut_time(t, self.config.conditioning)
         f_fm, f_cm, df_dt = anchored_jvp(
             student,
@@ -127,19 +142,23 @@ class FACM:
             r_cm,
             recompute=self.recompute,
         )
-        f_fm, f_cm, df_dt = f_fm.to(v.dtype), f_cm.to(v.dtype), df_dt.to(v.dtype)
+        return self.combine(f_fm.to(v.dtype), f_cm.to(v.dtype), df_dt.to(v.dtype), v, t)
+
+    def combine(
+        self, f_fm: Tensor, f_cm: Tensor, df_dt: Tensor, v: Tensor, t: Tensor
+    ) -> ObjectiveOutput:
+        """The losses of what the network gave: F at the anchor, F and dF/dt at the shortcut."""
         loss_fm = mean_square(f_fm, v) + cosine_distance(f_fm, v)
         g = consistency_residual(f_cm.detach(), v, df_dt, t)
         target = f_cm.detach() - per_sample(alpha(t, self.config.p), g) * g.clamp(-1, 1)
         loss_cm = (beta(t) * adaptive_square(f_cm, target, self.config.c)).mean()
-
-        loss = self.config.lambda_cm * loss_cm + self.config.lambda_fm * loss_fm
         metrics = {
             "loss_fm": loss_fm.detach(),
             "loss_cm": loss_cm.detach(),
             "tangent_rms": df_dt.square().mean().sqrt(),
             "clipped_share": (g.abs() > 1).to(v.dtype).mean(),
         }
+        loss = self.config.lambda_cm * loss_cm + self.config.lambda_fm * loss_fm
         return ObjectiveOutput(loss=loss, metrics=metrics)
 
     def check_student(self, student: VelocityModel) -> None:

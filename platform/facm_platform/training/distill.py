@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 from facm_core.errors import require
+from facm_core.models import LightningDiTConfig
 from facm_core.objectives import FACMConfig
 from facm_platform.config import JobResult, config_hash
 from facm_platform.config.sections import DataConfig, RunConfig
@@ -59,16 +60,21 @@ class DistillPlan:
     manifest: LatentManifest
     teacher: Artifact
 
+    @property
+    def architecture(self) -> LightningDiTConfig:
+        """The student's: the teacher's, with the time inputs that the conditioning needs."""
+        second_time = self.config.objective.conditioning == "auxiliary"
+        return replace(self.teacher.config.architecture, second_time=second_time)
+
     def describe(self) -> str:
         """What would be distilled, from what."""
         config, train = self.config, self.config.train
-        parameters = sum(p.numel() for p in self.teacher.model.parameters())
         return (
             f"distill {config.run.name}: {train.total_images:,} images in batches of "
             f"{train.global_batch_size} on {config.workers.count} workers, from {self.data_uri} "
             f"({self.manifest.rows:,} rows) to {self.folder_uri}\n"
             f"teacher: {self.teacher_uri} (sha256 {self.teacher.sha256})\n"
-            f"student: {memory_estimate(parameters, train, config.workers.count, networks=2)}"
+            + memory_estimate(self.architecture, train, config.workers.count, distill=True)
         )
 
     def execute(self) -> JobResult:
@@ -90,9 +96,7 @@ class DistillPlan:
         artifact = replace(
             self.teacher.config,
             role="student",
-            architecture=replace(
-                self.teacher.config.architecture, second_time=conditioning == "auxiliary"
-            ),
+            architecture=self.architecture,
             objective="facm",
             conditioning=conditioning,
             guidance_scale=guidance.scale,

@@ -32,7 +32,8 @@ def shard(model: M, device: torch.device, precision: str, reshard_after_forward:
         param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
     )
     policies = [
-        (MixedPrecisionPolicy(output_dtype=dtype), model.time_embedders),
+        # Some networks round the features of a time; what is made of them is float32 all the same.
+        (MixedPrecisionPolicy(torch.float32, output_dtype=dtype), model.time_embedders),
         (block_policy, model.shared_parts),
         (block_policy, model.blocks),
         (replace(block_policy, output_dtype=torch.float32), [model]),

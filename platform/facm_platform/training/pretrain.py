@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-import torch
-
 from facm_core.errors import InvalidInputError, require
 from facm_core.guidance import GuidanceConfig
-from facm_core.models import LightningDiT, LightningDiTConfig
+from facm_core.models import LightningDiTConfig
 from facm_core.objectives import FlowMatchingConfig
 from facm_platform.config import JobResult, config_hash
 from facm_platform.config.sections import DataConfig, RunConfig
@@ -89,13 +87,11 @@ class PretrainPlan:
     def describe(self) -> str:
         """What would be trained, on what."""
         config, train = self.config, self.config.train
-        with torch.device("meta"):
-            parameters = sum(p.numel() for p in LightningDiT(self.architecture).parameters())
         return (
             f"pretrain {config.run.name}: {train.total_images:,} images in batches of "
             f"{train.global_batch_size} on {config.workers.count} workers, from {self.data_uri} "
             f"({self.manifest.rows:,} rows) to {self.folder_uri}\n"
-            f"teacher: {memory_estimate(parameters, train, config.workers.count, networks=1)}"
+            + memory_estimate(self.architecture, train, config.workers.count, distill=False)
         )
 
     def execute(self) -> JobResult:

@@ -9,6 +9,8 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from facm_core.errors import InvalidInputError, require
+from facm_core.memory import MemoryConfig, lightning_dit, plan
+from facm_core.models import LightningDiTConfig
 from facm_platform import storage
 from facm_platform.cluster import connected
 from facm_platform.config import JobResult, as_dict
@@ -71,11 +73,24 @@ def check_batch(train: TrainConfig, workers: WorkersConfig) -> None:
     )
 
 
-def memory_estimate(parameters: int, train: TrainConfig, workers: int, networks: int) -> str:
-    """Bytes a worker holds for weights, gradients, Adam and averages, all float32 and sharded."""
-    copies = networks + 3 + len(train.ema_sigma_rels)
-    mebibytes = parameters * 4 * copies / workers / 2**20
-    return f"{parameters / 1e6:,.1f} M parameters, {mebibytes:,.0f} MiB a worker before activations"
+def memory_estimate(
+    architecture: LightningDiTConfig, train: TrainConfig, workers: int, *, distill: bool
+) -> str:
+    """Each worker's memory, see `facm_core.memory`; every weight is sharded over the workers."""
+    memory = plan(
+        lightning_dit(architecture),
+        MemoryConfig(
+            gpus=workers,
+            batch_size=train.global_batch_size // workers,
+            dtype=train.precision,
+            recompute=train.recompute,
+            teachers=1 if distill else 0,
+            averages=len(train.ema_sigma_rels),
+            jvp=distill,
+        ),
+    )
+    items = ", ".join(f"{name} {size / 2**20:,.0f}" for name, size in memory.rows())
+    return f"MiB a worker: {items}"
 
 
 def execute(

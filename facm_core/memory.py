@@ -1,0 +1,322 @@
+"""How much memory a FACM run needs, before it has any.
+
+    python -m facm_core.memory --preset wan-14b --gpus 32 --batch 1 --dtype bfloat16 --teachers 2
+
+What lives through a run is counted; what a step needs beside that is found by running the step on
+tensors without storage, with every allocation and release noted: once with recorded blocks, once
+with recomputed ones.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import weakref
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, fields, replace
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from facm_core.benchmark import DTYPES, cast_parameters, parse_fields
+from facm_core.errors import InvalidInputError, require, require_one_of
+from facm_core.models import LightningDiT, LightningDiTConfig, adapt
+from facm_core.models.base import Condition
+from facm_core.models.lightning_dit import PRESETS, preset_config
+from facm_core.objectives import FACM, FACMConfig
+from facm_core.objectives.base import mean_square
+
+GIB = 2**30
+FLOAT32 = 4  # bytes: of weights, gradients, averages and the optimizer's moments
+
+Example = Callable[[int], tuple[Tensor, Condition]]
+"""``example(rows)``: data x and its condition, of any values."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryConfig:
+    """A run, as far as memory goes.
+
+    Attributes:
+        gpus: Over which everything is sharded.
+        batch_size: Images a step on each GPU.
+        dtype: Of computation: ``float32`` or ``bfloat16``.
+        recompute: Blocks keep their inputs only.
+        teachers: Frozen networks of the student's size, e.g. 2 for the experts of Wan 2.2.
+        averages: EMA profiles.
+        jvp: Whether a step is FACM's; else flow matching's, as in the training of a teacher.
+    """
+
+    gpus: int = 1
+    batch_size: int = 1
+    dtype: str = "float32"
+    recompute: bool = False
+    teachers: int = 1
+    averages: int = 2
+    jvp: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("gpus", "batch_size"):
+            value = getattr(self, name)
+            require(value >= 1, name, value, "below 1", "Use a whole number from 1")
+        for name in ("teachers", "averages"):
+            value = getattr(self, name)
+            require(value >= 0, name, value, "negative", "Use 0 for none")
+        require_one_of("dtype", self.dtype, tuple(DTYPES))
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryPlan:
+    """Bytes on each GPU.
+
+    Attributes:
+        parameters: The student's shard, in float32 like all that lives through the run.
+        optimizer: AdamW's two moments.
+        averages: EMA profiles.
+        teachers: Shards of the frozen networks.
+        gradients: The shard of the student's gradient.
+        unsharded: Two blocks in one piece (the one at work and the next), one block's gathered
+            buffer, gradient and reduction buffer, and what is no block's. None of it on one GPU.
+        activations: What the step needs at its peak beyond all that. Not every gradient exists
+            by then, so it looks smaller where gradients are large.
+    """
+
+    parameters: int
+    optimizer: int
+    averages: int
+    teachers: int
+    gradients: int
+    unsharded: int
+    activations: int
+
+    @property
+    def step(self) -> int:
+        """Peak of a step above what lives through the run."""
+        return self.gradients + self.unsharded + self.activations
+
+    @property
+    def total(self) -> int:
+        """Peak. A GPU's context and allocator take some 5 to 10 % more."""
+        return sum(getattr(self, item.name) for item in fields(self))
+
+    def rows(self) -> list[tuple[str, int]]:
+        """Item and bytes, the total last."""
+        return [
+            *((item.name, getattr(self, item.name)) for item in fields(self)),
+            ("total", self.total),
+        ]
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A network and data for it.
+
+    Attributes:
+        build: Makes the network.
+        example: Makes data.
+    """
+
+    build: Callable[[], Any]
+    example: Example
+
+
+def lightning_dit(config: LightningDiTConfig) -> Preset:
+    """LightningDiT and labelled latents."""
+    size = config.input_size
+
+    def example(rows: int) -> tuple[Tensor, Condition]:
+        x = torch.ones(rows, config.in_channels, size, size)
+        return x, torch.zeros(rows, dtype=torch.int64)
+
+    return Preset(lambda: LightningDiT(config), example)
+
+
+# Layers, heads (of 128 channels), width of the MLP, channels of a latent: Wan 2.1 and 2.2.
+WAN = {
+    "wan-1.3b": (30, 12, 8960, 16),
+    "wan-5b": (30, 24, 14336, 48),
+    "wan-14b": (40, 40, 13824, 16),
+}
+WAN_TEXT = (512, 4096)  # tokens and channels of a prompt
+
+
+def wan(name: str, height: int, width: int) -> Preset:
+    """Wan and latents of one frame, height x width, with prompts."""
+    layers, heads, mlp, channels = WAN[name]
+
+    def build() -> Any:
+        import diffusers
+
+        network = cast(Any, diffusers).WanTransformer3DModel(
+            num_layers=layers,
+            num_attention_heads=heads,
+            ffn_dim=mlp,
+            in_channels=channels,
+            out_channels=channels,
+        )
+        return adapt(network)
+
+    def example(rows: int) -> tuple[Tensor, Condition]:
+        x = torch.ones(rows, channels, height, width)
+        return x, {"text_embedding": torch.ones(rows, *WAN_TEXT)}
+
+    return Preset(build, example)
+
+
+def plan(preset: Preset, config: MemoryConfig) -> MemoryPlan:
+    """Memory of a FACM run.
+
+    Args:
+        preset: The student, and teachers of its size.
+        config: The run.
+    """
+    with FakeTensorMode():
+        model = cast_parameters(preset.build(), DTYPES[config.dtype])
+        peak = _step_peak(model, preset.example, config)
+    unsharded = _unsharded(model, DTYPES[config.dtype].itemsize) if config.gpus > 1 else 0
+    shard, trained_shard = (
+        FLOAT32
+        * sum(p.numel() for p in model.parameters() if p.requires_grad or everything)
+        // config.gpus
+        for everything in (True, False)
+    )
+    return MemoryPlan(
+        parameters=shard,
+        optimizer=2 * trained_shard,
+        averages=config.averages * trained_shard,
+        teachers=config.teachers * shard,
+        gradients=trained_shard,
+        unsharded=unsharded,
+        activations=max(0, peak - trained_shard),
+    )
+
+
+def _unsharded(model: Any, itemsize: int) -> int:
+    """Bytes of parameters and gradients in one piece; see `MemoryPlan`."""
+    blocks = [sum(p.numel() for p in block.parameters()) for block in model.blocks]
+    rest = sum(p.numel() for p in model.parameters()) - sum(blocks)
+    return max(blocks) * (4 * itemsize + FLOAT32) + rest * itemsize
+
+
+def _step_peak(model: Any, example: Example, config: MemoryConfig) -> int:
+    """Peak of a step's activations and sharded gradients."""
+    x, condition = example(config.batch_size)
+    ledger = _Ledger([*model.parameters(), *model.buffers(), *tree_leaves((x, condition))])
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(lambda p: ledger.reduce(p, config.gpus))
+    t = torch.full((config.batch_size,), 0.5)
+    both, time = example(2 * config.batch_size), t.repeat(2)
+    second_time = model.second_time
+    with ledger:
+        if config.teachers:  # conditional and unconditional rows
+            with torch.no_grad():
+                model(both[0], time, both[1], time if second_time else None)
+        objective = FACM(
+            FACMConfig(conditioning="auxiliary" if second_time else "expanded"),
+            recompute=config.recompute,
+        )
+        if config.jvp:
+            loss = objective.loss(model, x, t, torch.ones_like(x), condition).loss
+        else:
+            loss = mean_square(model(x, t, condition, t if second_time else None), x)
+        loss.backward()
+    return ledger.peak
+
+
+class _Ledger(TorchDispatchMode):
+    """Bytes of the storages that are alive."""
+
+    def __init__(self, known: Iterable[Tensor]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.live = self.peak = 0
+        self.reduced: set[Tensor] = set()
+        self.storages: weakref.WeakSet[Any] = weakref.WeakSet(x.untyped_storage() for x in known)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor):
+                self._note(tensor.untyped_storage())
+        return out
+
+    def _note(self, storage: torch.UntypedStorage) -> None:
+        if storage not in self.storages:
+            self.storages.add(storage)
+            self._add(storage.nbytes())
+            weakref.finalize(storage, self._add, -storage.nbytes())
+
+    def _add(self, size: int) -> None:
+        self.live += size
+        self.peak = max(self.peak, self.live)
+
+    def reduce(self, parameter: Tensor, gpus: int) -> None:
+        """A gradient becomes, or joins, its shard."""
+        parameter.grad = None
+        if parameter not in self.reduced:
+            self.reduced.add(parameter)
+            self._add(FLOAT32 * parameter.numel() // gpus)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m facm_core.memory",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    default = MemoryConfig()
+    presets = ", ".join([*PRESETS, *WAN])
+    parser.add_argument("--preset", default="XL/1", help=f"one of {presets}")
+    parser.add_argument(
+        "--set",
+        nargs="+",
+        default=[],
+        metavar="FIELD=VALUE",
+        help="fields of the LightningDiT that differ from the preset, e.g. depth=8",
+    )
+    parser.add_argument(
+        "--latent",
+        nargs=2,
+        type=int,
+        default=(90, 160),
+        metavar=("HEIGHT", "WIDTH"),
+        help="latent of Wan; 90 160 is an image of 720p (45 80 for wan-5b)",
+    )
+    parser.add_argument("--gpus", type=int, default=default.gpus, help="in all")
+    parser.add_argument("--batch", type=int, default=default.batch_size, help="images a GPU")
+    parser.add_argument("--dtype", default=default.dtype, help=" or ".join(DTYPES))
+    parser.add_argument("--teachers", type=int, default=default.teachers, help="frozen networks")
+    parser.add_argument("--averages", type=int, default=default.averages, help="EMA profiles")
+    parser.add_argument("--capacity", type=int, default=80, help="memory of a GPU in GiB")
+    given = parser.parse_args(arguments)
+    try:
+        config = MemoryConfig(
+            gpus=given.gpus,
+            batch_size=given.batch,
+            dtype=given.dtype,
+            teachers=given.teachers,
+            averages=given.averages,
+        )
+        if given.preset in WAN:
+            require(not given.set, "--set", given.set, "Wan's sizes are fixed", "Leave it out")
+            preset = wan(given.preset, *given.latent)
+        else:
+            require_one_of("--preset", given.preset, (*PRESETS, *WAN))
+            preset = lightning_dit(preset_config(given.preset, **parse_fields(given.set)))
+        plans = [plan(preset, replace(config, recompute=recompute)) for recompute in (False, True)]
+    except InvalidInputError as error:
+        sys.exit(f"error: {error}")
+    print(f"{'GiB a GPU':<12}{'recorded':>12}{'recomputed':>12}")
+    for (name, recorded), (_, recomputed) in zip(*(p.rows() for p in plans), strict=True):
+        print(f"{name:<12}{recorded / GIB:>12.2f}{recomputed / GIB:>12.2f}")
+    shares = (f"{p.total / given.capacity / GIB:>12.0%}" for p in plans)
+    print(f"{'of capacity':<12}{''.join(shares)}")
+
+
+if __name__ == "__main__":
+    main()
