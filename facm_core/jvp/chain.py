@@ -154,7 +154,11 @@ def _call(
             if unit in backends:
                 execute = partial(execute_compiled, unit, backends[unit], execute)
                 stack.enter_context(_called_uncompiled(unit))
-            forward = partial(_recompute, execute) if unit in recomputed else execute
+            forward = execute
+            if unit in recomputed:
+                inner = (part for part in unit.modules() if part is not unit)
+                has_units = any(isinstance(part, FSDPModule) for part in inner)
+                forward = partial(_recompute, execute, has_units)
             stack.enter_context(_forward(unit, forward))
             stack.enter_context(_packed_at_hooks(unit))
         try:
@@ -264,7 +268,7 @@ def _carry(forward: Forward, *args: Any, **kwargs: Any) -> Any:
     return _pack(forward(*args, **kwargs))
 
 
-def _recompute(execute: Forward, *args: Any, **kwargs: Any) -> Any:
+def _recompute(execute: Forward, has_units: bool, *args: Any, **kwargs: Any) -> Any:
     """Inputs kept only; packed in, packed out."""
     with torch.no_grad():
         outputs = execute(*args, **kwargs)
@@ -277,7 +281,7 @@ def _recompute(execute: Forward, *args: Any, **kwargs: Any) -> Any:
                 "Return tensors, or register the class with `torch.utils._pytree`",
             )
     leaves, structure = tree_flatten(_without_tangents((args, kwargs)))
-    call = _BlockCall(execute, structure, out_structure, _autocast(leaves))
+    call = _BlockCall(execute, has_units, structure, out_structure, _autocast(leaves))
     # Autograd runs the backward pass of a function only if one of its inputs wants a gradient,
     # and a block's parameters are no inputs.
     wants_gradient = torch.empty(0, requires_grad=True)
@@ -289,6 +293,7 @@ class _BlockCall:
     """One call of a block, as far as it is no tensor."""
 
     execute: Forward
+    has_units: bool
     structure: TreeSpec
     out_structure: TreeSpec
     autocast: Callable[[], torch.autocast]
@@ -324,20 +329,25 @@ class _Recompute(torch.autograd.Function):
         ]
         inputs = tree_unflatten(leaves, ctx.call.structure)
         by_output = tree_unflatten(list(gradients), ctx.call.out_structure)
-        for lane in range(_lane_count(by_output)):
+        pairs: list[tuple[Tensor, Tensor]] = []
+        lanes = _lane_count(by_output)
+        for lane in range(lanes):
             args, kwargs = _pick(inputs, lane)
             with torch.enable_grad(), ctx.call.autocast():
                 outputs = ctx.call.execute(*args, **kwargs)
             results = tree_flatten(outputs)[0]
             given = tree_flatten(_pick(by_output, lane))[0]
-            pairs = [
+            pairs += [
                 (y, dy)
                 for y, dy in zip(results, given, strict=True)
                 if dy is not None and y.requires_grad  # else the block and all before are frozen
             ]
-            if pairs:
+            # FSDP counts on one backward pass through a unit inside the block, so it waits for all
+            # lanes there.
+            if pairs and (not ctx.call.has_units or lane == lanes - 1):
                 # Not autograd.grad: parameters' gradients accumulate where FSDP's hooks look.
                 torch.autograd.backward([y for y, _ in pairs], [dy for _, dy in pairs])
+                pairs = []
             # What is no lane's own has been differentiated now.
             by_output = tree_map(_packed_only, by_output, is_leaf=_is_packed)
         return (

@@ -8,13 +8,17 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Hashable
+from contextlib import AbstractContextManager
 from types import FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._dynamo.eval_frame import OptimizedModule, innermost_backend
+from torch._dynamo.exc import Unsupported
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+
+from facm_core.jvp.rules import TangentError
 
 Execute = Callable[..., Any]
 # Its home from PyTorch 2.12 on, and before.
@@ -53,9 +57,17 @@ def execute_compiled(
     program = _PROGRAMS[index]
     program.execute, program.modules_used, program.constants = execute, modules, constants
     state = {**dict(modules.named_parameters()), **dict(modules.named_buffers())}
-    with torch.compiler.set_stance("default"):
-        outputs = program.compiled(index, state, tensors)
+    try:
+        with torch.compiler.set_stance("default"), _any_number_of_variants():
+            outputs = program.compiled(index, state, tensors)
+    except Unsupported as error:
+        raise program.error or error from None
     return tree_unflatten(list(outputs), program.out_structure)
+
+
+def _any_number_of_variants() -> AbstractContextManager[None]:
+    """One program is compiled for every shape, with and without gradients."""
+    return torch._dynamo.config.patch(recompile_limit=1024, accumulated_recompile_limit=1024)
 
 
 class _Program(nn.Module):
@@ -65,20 +77,27 @@ class _Program(nn.Module):
     modules_used: nn.ModuleList
     constants: list[Any]
     out_structure: TreeSpec
+    error: TangentError | None = None
 
     def __init__(self, structure: TreeSpec, backend: Any) -> None:
         super().__init__()
         self.structure = structure
-        # A copy of the code, since PyTorch compiles one code a few times only.
+        # A copy of the code, so that each program has only its own variants to choose from. And no
+        # part of it runs uncompiled: PyTorch would go on to compile what carries tangents.
         call = FunctionType(_call.__code__.replace(), globals())
-        self.compiled = torch.compile(call, backend=backend, dynamic=False)
+        self.compiled = torch.compile(call, backend=backend, dynamic=False, fullgraph=True)
 
     def forward(self, tensors: list[Tensor]) -> list[Any]:
         given = iter(tensors)
         leaves = [next(given) if constant is Tensor else constant for constant in self.constants]
         args, kwargs = tree_unflatten(leaves, self.structure)
-        outputs, self.out_structure = tree_flatten(self.execute(*args, **kwargs))
-        return outputs
+        try:
+            outputs = self.execute(*args, **kwargs)
+        except TangentError as error:
+            self.error = error
+            raise
+        results, self.out_structure = tree_flatten(outputs)
+        return results
 
 
 _BUILDS: dict[Hashable, int] = {}
@@ -129,5 +148,5 @@ class _Description:
         return id(thing)
 
 
-_MODULE_INTERNALS = vars(nn.Module()).keys() - {"training"} | {"forward"}
+_MODULE_INTERNALS = vars(nn.Module()).keys() - {"training"} | {"forward", "_compiled_call_impl"}
 _STATE_OF_FSDP = "__composable_api_state_key"

@@ -22,7 +22,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 
 from facm_core.ema import PowerEMA
 from facm_core.guidance import GuidanceConfig
-from facm_core.jvp import anchored_jvp, chain_jvp, compiled
+from facm_core.jvp import anchored_jvp, chain_jvp
 from facm_core.objectives import FACM, FACMConfig
 from facm_platform.training.parallel import shard
 from tests.core.ranks import be_a_rank, build, mean_over_ranks, rows_of_this_rank, whole
@@ -49,7 +49,8 @@ def spread(model: Any, case: Case) -> Any:
         return model
     if case["precision"] != "float64":
         return shard(model.float(), torch.device("cpu"), case["precision"])
-    for unit in (*model.time_embedders, *model.shared_parts, *model.blocks, model):
+    parts = [block.mlp for block in model.blocks] if case["units_in_blocks"] else []
+    for unit in (*model.time_embedders, *model.shared_parts, *parts, *model.blocks, model):
         fully_shard(unit, mesh=device_mesh(tuple(case["mesh"])))
     return model
 
@@ -109,20 +110,18 @@ def facm_step(case: Case) -> dict[str, Any]:
 
 def jvp_step(case: Case) -> dict[str, Any]:
     """Of the whole batch, or of two halves whose gradients add up."""
-    from tests.core.tiny import in_float64
-
     model, rows = network(case), rows_for(case)
+    dtypes = time_embedding_dtypes(model)
     if case["compiled"]:
         for block in model.blocks:
-            block.compile()
+            block.compile(backend="aot_eager")
     model = spread(model, case)
-    dtypes = time_embedding_dtypes(model)
     counters.clear()
     parts = halves(rows) if case["accumulate"] else [rows]
     found = []
-    with in_float64() if case["precision"] == "float64" else nullcontext(), compiled_quickly():
+    with in_float64() if case["precision"] == "float64" else nullcontext():
         for i, part in enumerate(parts):
-            if case["accumulate"] == "unsynchronised":
+            if case["accumulate"] == "reduced once":
                 model.set_requires_gradient_sync(i == len(parts) - 1)
             found.append(jvp(model, part, case["function"], case["recompute"]))
             (loss_of(found[-1]) / len(parts)).backward()
@@ -136,23 +135,29 @@ def jvp_step(case: Case) -> dict[str, Any]:
 
 
 @contextmanager
-def compiled_quickly() -> Iterator[None]:
-    """The graphs are made and differentiated; only the last step, to machine code, is left out."""
-    program = compiled._compiled._torchdynamo_orig_callable
-    quick = torch.compile(program, dynamic=False, backend="aot_eager")
-    with patch.object(compiled, "_compiled", quick):
+def in_float64() -> Iterator[None]:
+    """What a network's code casts to float32 becomes float64, to be compared to ten digits."""
+    with (
+        patch.object(Tensor, "float", Tensor.double),
+        patch.object(torch, "float32", torch.float64),
+    ):
         yield
 
 
 def jvp(model: Any, rows: Rows, function: str, recompute: bool) -> dict[str, Tensor]:
     """Value and tangent along (dx, dt); ``anchored``: and the value at FACM's anchor point."""
-    (x, t), d, condition, r = arguments(rows)
+    primals, tangents, condition, r = arguments(rows)
     if function == "chain":
-        value, tangent = chain_jvp(model, (x, t), d, condition, r, recompute=recompute)
+        value, tangent = chain_jvp(model, primals, tangents, condition, r, recompute=recompute)
         return {"value": value, "tangent": tangent}
-    anchor = anchor_point(rows)
     at_anchor, value, tangent = anchored_jvp(
-        model, anchor, (x, t), d, condition, r, recompute=recompute
+        model,
+        anchor_of(*primals, condition, r),
+        primals,
+        tangents,
+        condition,
+        r,
+        recompute=recompute,
     )
     return {"value": value, "tangent": tangent, "at_anchor": at_anchor}
 
@@ -160,11 +165,16 @@ def jvp(model: Any, rows: Rows, function: str, recompute: bool) -> dict[str, Ten
 def arguments(rows: Rows) -> tuple[Any, ...]:
     """(x, t), (dx, dt), the condition, and r where there is one."""
     condition = {n: v for n, v in rows.items() if n not in ("x", "t", "dx", "dt", "r")}
-    return (rows["x"], rows["t"]), (rows["dx"], rows["dt"]), condition, rows.get("r")
+    return (
+        (rows["x"], rows["t"]),
+        (rows["dx"], rows["dt"]),
+        condition.get("label", condition),
+        rows.get("r"),
+    )
 
 
-def anchor_point(rows: Rows) -> tuple[Any, ...]:
-    (x, t), _, condition, r = arguments(rows)
+def anchor_of(x: Tensor, t: Tensor, condition: Any, r: Tensor | None) -> tuple[Any, ...]:
+    """Where FACM asks for an instantaneous velocity."""
     return x, 2 - t, condition, None if r is None else t
 
 
@@ -177,9 +187,7 @@ def loss_of(found: dict[str, Tensor]) -> Tensor:
 
 
 def halves(rows: Rows) -> list[Rows]:
-    return [
-        dict(zip(rows, half, strict=True)) for half in zip(*(x.chunk(2) for x in rows.values()))
-    ]
+    return [{name: x.chunk(2)[i] for name, x in rows.items()} for i in range(2)]
 
 
 def time_embedding_dtypes(model: Any) -> set[str]:
@@ -198,19 +206,15 @@ def time_embedding_dtypes(model: Any) -> set[str]:
 
 def watched_step(case: Case) -> dict[str, Any]:
     """FACM's two tasks and nothing else: no teacher, no guidance."""
-    model, rows = spread(network(case), case), rows_for(case)
+    model = spread(network(case), case)
     calls = Counter[int]()
     for i, block in enumerate(model.blocks):
         block.register_forward_pre_hook(lambda *_, i=i: calls.update([i]))
     objective = FACM(
-        FACMConfig(
-            conditioning="auxiliary" if model.second_time else "expanded",
-            guidance=GuidanceConfig(scale=1.0),
-            label_dropout=0.0,
-        ),
+        FACMConfig(guidance=GuidanceConfig(scale=1.0), label_dropout=0.0),
         recompute=case["recompute"],
     )
-    (x_1, t), (x_0, _), condition, _ = arguments(rows)
+    (x_1, t), (x_0, _), condition, _ = arguments(rows_for(case))
     watch = Watch(model)
     with watch.on_gathers():
         output = objective(model, x_1, condition, x_0=x_0, t=t / 2)

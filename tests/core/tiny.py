@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from unittest.mock import patch
+from collections.abc import Callable
 
 import torch
 from diffusers import DiTTransformer2DModel, SD3Transformer2DModel, WanTransformer3DModel
@@ -79,13 +77,3 @@ def tiny_batch(name: str, seed: int = 0, size: int = 4) -> tuple[Tensor, Tensor,
     t = torch.tensor([0.1, 0.5, 0.9, 1.7], dtype=torch.float64).repeat(size // 4)
     prompt = {n: normal(*shape) for n, shape in PROMPT[name].items()}
     return x, t, prompt or torch.tensor([0, 3, 5, 2]).repeat(size // 4)
-
-
-@contextmanager
-def in_float64() -> Iterator[None]:
-    """What a network's code casts to float32 becomes float64, to be compared to ten digits."""
-    with (
-        patch.object(Tensor, "float", Tensor.double),
-        patch.object(torch, "float32", torch.float64),
-    ):
-        yield
