@@ -137,7 +137,9 @@ def _call(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], recompute: bool
 ) -> list[tuple[Tensor, Tensor]]:
     """Call the network on packed tensors; value and tangent of each lane."""
-    model = _uncompiled(model)
+    x, t, *extra = args
+    if torch.is_grad_enabled() and not recompute:
+        t = _wanting_gradients(t)
     _check_determinism(model)
     torch.clear_autocast_cache()  # casts made without gradients would cut ours off
     recomputed = _blocks(model) if recompute and torch.is_grad_enabled() else []
@@ -162,16 +164,25 @@ def _call(
             stack.enter_context(_forward(unit, forward))
             stack.enter_context(_packed_at_hooks(unit))
         try:
-            output = model(*args, **kwargs)
+            output = model(x, t, *extra, **kwargs)
         except TangentError as error:
             error.module = _raising_module(model, error)
             raise
     if not isinstance(output, Packed):  # depends on neither x nor t
-        output = Packed([output] * len(args[0].values), [None] * len(args[0].values))
+        output = Packed([output] * len(t.values), [None] * len(t.values))
     return [
         (value, torch.zeros_like(value) if tangent is None else tangent)
         for value, tangent in zip(*output, strict=True)
     ]
+
+
+def _wanting_gradients(t: Packed) -> Packed:
+    """FSDP gives a unit back when its inputs have their gradients: so that one which embeds t has.
+
+    (Where a block is recomputed lane by lane, FSDP does not take a unit inside of it twice.)
+    """
+    values = [x if x.requires_grad else x.detach().requires_grad_() for x in t.values]
+    return Packed(values, t.tangents)
 
 
 def _blocks(model: nn.Module) -> list[nn.Module]:
@@ -181,7 +192,7 @@ def _blocks(model: nn.Module) -> list[nn.Module]:
         InvalidInputError: it has none.
     """
     blocks = getattr(model, "blocks", None)
-    modules = [_uncompiled(x) for x in blocks] if isinstance(blocks, Iterable) else []
+    modules = list(blocks) if isinstance(blocks, Iterable) else []
     require(
         bool(modules) and set(modules) <= set(model.modules()),
         f"{type(model).__name__}.blocks",
@@ -190,11 +201,6 @@ def _blocks(model: nn.Module) -> list[nn.Module]:
         "Give the network a property `blocks`, or use recompute=False",
     )
     return modules
-
-
-def _uncompiled(module: Any) -> Any:
-    """What ``torch.compile(module)`` wrapped, if it did."""
-    return getattr(module, "_orig_mod", module)
 
 
 def _check_determinism(model: nn.Module) -> None:

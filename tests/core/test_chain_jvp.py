@@ -215,6 +215,23 @@ def test_an_anchor_with_another_condition(make_model: Any, recompute: bool) -> N
 
 
 @both_modes
+def test_what_depends_on_no_input_is_differentiated_once(recompute: bool, assert_same: Any) -> None:
+    """A block that gives something of its own beside the tokens, in a call with an anchor."""
+    model = SmallNet(2.0)
+    block = model.blocks[0]
+    block.forward = lambda x, t: (x * t, block.linear.weight.exp())
+
+    def forward(x: Tensor, t: Tensor) -> Tensor:
+        y, weight = block(x, t.view(-1, 1, 1, 1))
+        return y @ weight
+
+    model.forward = forward
+    expected = gradients(model, model(2 * X, T).sum() + model(X, T).square().sum())
+    anchor, value, _ = anchored_jvp(model, (2 * X, T), (X, T), (DX, DT), recompute=recompute)
+    assert_same(gradients(model, anchor.sum() + value.square().sum()), expected, 1e-10)
+
+
+@both_modes
 def test_gradients_add_up_over_calls(make_model: Any, recompute: bool, assert_same: Any) -> None:
     model = make_model(seed=3)
     expected = gradients(model, model(X, T, Y).sum() + model(X, 2 - T, Y).square().sum())
