@@ -8,7 +8,7 @@ block is unsharded for its own step only, and its gradients are reduced as usual
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp._fully_shard._fsdp_common import TrainingState
 from torch.nn.modules.dropout import _DropoutNd
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_map_only, tree_unflatten
 
@@ -138,7 +139,7 @@ def _call(
 ) -> list[tuple[Tensor, Tensor]]:
     """Call the network on packed tensors; value and tangent of each lane."""
     x, t, *extra = args
-    if torch.is_grad_enabled() and not recompute:
+    if torch.is_grad_enabled():
         t = _wanting_gradients(t)
     _check_determinism(model)
     torch.clear_autocast_cache()  # casts made without gradients would cut ours off
@@ -159,8 +160,8 @@ def _call(
             forward = execute
             if unit in recomputed:
                 inner = (part for part in unit.modules() if part is not unit)
-                has_units = any(isinstance(part, FSDPModule) for part in inner)
-                forward = partial(_recompute, execute, has_units)
+                sharded = [part for part in inner if isinstance(part, FSDPModule)]
+                forward = partial(_recompute, execute, sharded)
             stack.enter_context(_forward(unit, forward))
             stack.enter_context(_packed_at_hooks(unit))
         try:
@@ -177,10 +178,7 @@ def _call(
 
 
 def _wanting_gradients(t: Packed) -> Packed:
-    """FSDP gives a unit back when its inputs have their gradients: so that one which embeds t has.
-
-    (Where a block is recomputed lane by lane, FSDP does not take a unit inside of it twice.)
-    """
+    """FSDP gives a unit back when its inputs have their gradient: one that embeds t, too."""
     values = [x if x.requires_grad else x.detach().requires_grad_() for x in t.values]
     return Packed(values, t.tangents)
 
@@ -274,7 +272,7 @@ def _carry(forward: Forward, *args: Any, **kwargs: Any) -> Any:
     return _pack(forward(*args, **kwargs))
 
 
-def _recompute(execute: Forward, has_units: bool, *args: Any, **kwargs: Any) -> Any:
+def _recompute(execute: Forward, sharded: Sequence[FSDPModule], *args: Any, **kwargs: Any) -> Any:
     """Inputs kept only; packed in, packed out."""
     with torch.no_grad():
         outputs = execute(*args, **kwargs)
@@ -287,7 +285,7 @@ def _recompute(execute: Forward, has_units: bool, *args: Any, **kwargs: Any) -> 
                 "Return tensors, or register the class with `torch.utils._pytree`",
             )
     leaves, structure = tree_flatten(_without_tangents((args, kwargs)))
-    call = _BlockCall(execute, has_units, structure, out_structure, _autocast(leaves))
+    call = _BlockCall(execute, sharded, structure, out_structure, _autocast(leaves))
     # Autograd runs the backward pass of a function only if one of its inputs wants a gradient,
     # and a block's parameters are no inputs.
     wants_gradient = torch.empty(0, requires_grad=True)
@@ -299,7 +297,7 @@ class _BlockCall:
     """One call of a block, as far as it is no tensor."""
 
     execute: Forward
-    has_units: bool
+    sharded: Sequence[FSDPModule]
     structure: TreeSpec
     out_structure: TreeSpec
     autocast: Callable[[], torch.autocast]
@@ -335,25 +333,24 @@ class _Recompute(torch.autograd.Function):
         ]
         inputs = tree_unflatten(leaves, ctx.call.structure)
         by_output = tree_unflatten(list(gradients), ctx.call.out_structure)
-        pairs: list[tuple[Tensor, Tensor]] = []
-        lanes = _lane_count(by_output)
-        for lane in range(lanes):
+        for lane in range(_lane_count(by_output)):
             args, kwargs = _pick(inputs, lane)
+            for part in ctx.call.sharded:
+                # After its first backward pass FSDP would take the next for the same one, and
+                # reduce nothing.
+                part._get_fsdp_state()._training_state = TrainingState.IDLE
             with torch.enable_grad(), ctx.call.autocast():
                 outputs = ctx.call.execute(*args, **kwargs)
             results = tree_flatten(outputs)[0]
             given = tree_flatten(_pick(by_output, lane))[0]
-            pairs += [
+            pairs = [
                 (y, dy)
                 for y, dy in zip(results, given, strict=True)
                 if dy is not None and y.requires_grad  # else the block and all before are frozen
             ]
-            # FSDP counts on one backward pass through a unit inside the block, so it waits for all
-            # lanes there.
-            if pairs and (not ctx.call.has_units or lane == lanes - 1):
+            if pairs:
                 # Not autograd.grad: parameters' gradients accumulate where FSDP's hooks look.
                 torch.autograd.backward([y for y, _ in pairs], [dy for _, dy in pairs])
-                pairs = []
             # What is no lane's own has been differentiated now.
             by_output = tree_map(_packed_only, by_output, is_leaf=_is_packed)
         return (

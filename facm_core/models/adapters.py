@@ -41,8 +41,12 @@ class DiffusersAdapter(nn.Module):
 
     @property
     def time_embedders(self) -> list[nn.Module]:
-        """The networks' time MLPs, by diffusers' own class for them."""
-        return [m for m in self.network.modules() if type(m).__name__ == "TimestepEmbedding"]
+        """The networks' time MLPs, by diffusers' own class for them (FSDP derives from it)."""
+        return [
+            module
+            for module in self.network.modules()
+            if any(cls.__name__ == "TimestepEmbedding" for cls in type(module).__mro__)
+        ]
 
     @property
     def shared_parts(self) -> tuple[nn.Module, ...]:

@@ -162,6 +162,7 @@ def assert_same() -> Callable[..., None]:
         errors = {n: float((got[n] - e).norm() / e.norm()) for n, e in expected.items()}
         worst = max(errors, key=lambda name: errors[name])
         assert errors[worst] < rel, f"{worst}: relative error {errors[worst]:.1e}"
+        assert all(error < rel for error in errors.values()), "not a number"
         assert all(e.norm() > 0 for e in expected.values()), "an expected tensor is zero"
 
     return check

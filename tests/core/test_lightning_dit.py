@@ -212,7 +212,7 @@ def test_preset_settings() -> None:
         num_classes=1000,
         second_time=True,
     )
-    with pytest.raises(InvalidInputError, match=r"preset = 'XXL/1': unknown preset.*XL/1"):
+    with pytest.raises(InvalidInputError, match=r"preset = 'XXL/1': unknown choice.*XL/1"):
         LightningDiT.preset("XXL/1")
 
 
