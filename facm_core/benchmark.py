@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import math
 import statistics
 import sys
 import time
@@ -22,25 +21,23 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 from facm_core.errors import InvalidInputError, require, require_one_of
+from facm_core.flops import FlopCounter
 from facm_core.guidance import guide, guided_velocity
 from facm_core.interpolant import interpolate, per_sample
 from facm_core.models import LightningDiT
 from facm_core.objectives import FACM, FACMConfig
+from facm_core.precision import DTYPES, cast_parameters
 
 MODES = ("eager", "recompute", "compiled", "compiled-recompute")
 BASELINE, MATRICES = "baseline", "matrices"
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-M = TypeVar("M", bound=nn.Module)
 PHASES = ("teacher", "forward", "jvp", "backward", "optimizer")
 
 
@@ -302,7 +299,7 @@ class _Bench:
 
     def flops(self) -> int:
         """Of one step without recomputation."""
-        counter = _FlopCounter()  # type: ignore[no-untyped-call]
+        counter = FlopCounter()  # type: ignore[no-untyped-call]
         with sdpa_kernel(SDPBackend.MATH), counter:  # not every fused kernel has a formula
             self.step("eager")
         return counter.total
@@ -362,34 +359,6 @@ class _Bench:
                 )
         f_fm, f_cm, df_dt = f_fm.to(v.dtype), f_cm.to(v.dtype), df_dt.detach().to(v.dtype)
         return self.objective.combine(f_fm, f_cm, df_dt, v, t).loss
-
-
-def cast_parameters(model: M, dtype: torch.dtype) -> M:
-    """`model` with parameters of `dtype`; its buffers stay, as under FSDP's mixed precision."""
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype)
-    return model
-
-
-class _FlopCounter(TorchDispatchMode):
-    """PyTorch's formulas, without the module hooks of its own counter."""
-
-    total = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        formula = flop_registry.get(func._overloadpacket)
-        if formula is not None:
-            self.total += formula(*args, **(kwargs or {}), out_val=out)
-        return out
-
-
-@register_flop_formula(torch.ops.facm_core.attention_tangent)
-def _attention_tangent_flops(q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
-    """Scores, both terms of their tangent, and the two products with values."""
-    *heads, n, e = q
-    m, ev = v[-2:]
-    return 2 * math.prod(heads) * n * m * (3 * e + 2 * ev)
 
 
 def main(arguments: list[str] | None = None) -> None:

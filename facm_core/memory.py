@@ -22,13 +22,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from facm_core.benchmark import DTYPES, cast_parameters, parse_fields
+from facm_core.benchmark import parse_fields
 from facm_core.errors import InvalidInputError, require, require_one_of
 from facm_core.models import LightningDiT, LightningDiTConfig, adapt
 from facm_core.models.base import Condition
 from facm_core.models.lightning_dit import PRESETS, preset_config
 from facm_core.objectives import FACM, FACMConfig
 from facm_core.objectives.base import mean_square
+from facm_core.precision import DTYPES, cast_parameters
 
 GIB = 2**30
 FLOAT32 = 4  # bytes: of weights, gradients, averages and the optimizer's moments

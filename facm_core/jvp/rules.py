@@ -201,6 +201,11 @@ def _operands(args: Arguments, kwargs: Keywords) -> list[Any]:
     return [*args, *(kwargs[name] for name in ("input", "other", "mat2") if name in kwargs)]
 
 
+def _by_name(names: tuple[str, ...], args: Arguments, kwargs: Keywords) -> Keywords:
+    """The arguments of these names, given by position as far as there are any, or by keyword."""
+    return {name: args[i] for i, name in enumerate(names[: len(args)])} | kwargs
+
+
 def _tangent(leaf: Any) -> Tensor | None:
     return leaf.tangent if isinstance(leaf, Lane) else None
 
@@ -269,7 +274,7 @@ def quotient_rule(op: Operation, args: Arguments, kwargs: Keywords, result: Any)
 def affine_rule(op: Operation, args: Arguments, kwargs: Keywords, result: Any) -> Any:
     """d(W·x + b) = W·dx, for constant W and b."""
     names = ("input", "weight", "bias")
-    given = {**dict(zip(names, args[:3], strict=False)), **kwargs}
+    given = _by_name(names, args, kwargs)
     if any(isinstance(given.get(name), Lane) for name in ("weight", "bias")):
         return single_operation(op, args, kwargs, result)
     given["input"], given["bias"] = _tangent(given["input"]), None
@@ -301,7 +306,7 @@ def rsqrt_rule(op: Operation, args: Arguments, kwargs: Keywords, result: Any) ->
 def layer_norm_rule(op: Operation, args: Arguments, kwargs: Keywords, result: Any) -> Any:
     """With the normalised x̂ and 1/σ: dy = w·(dx − mean(dx) − x̂·mean(x̂·dx))/σ, in float32."""
     names = ("input", "normalized_shape", "weight", "bias", "eps")
-    given = {"eps": 1e-5, **dict(zip(names, args, strict=False)), **kwargs}
+    given = {"eps": 1e-5, **_by_name(names, args, kwargs)}
     if any(isinstance(given.get(name), Lane) for name in ("weight", "bias")):
         return single_operation(op, args, kwargs, result)
     return _norm_tangent(given, centred=True)
@@ -311,7 +316,7 @@ def layer_norm_rule(op: Operation, args: Arguments, kwargs: Keywords, result: An
 def rms_norm_rule(op: Operation, args: Arguments, kwargs: Keywords, result: Any) -> Any:
     """As for `layer_norm_rule`, without means."""
     names = ("input", "normalized_shape", "weight", "eps")
-    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    given = _by_name(names, args, kwargs)
     if isinstance(given.get("weight"), Lane):
         return single_operation(op, args, kwargs, result)
     if given.get("eps") is None:
@@ -356,7 +361,7 @@ def factory_rule(op: Operation, args: Arguments, kwargs: Keywords, result: Any) 
 )
 def dropout_rule(op: Operation, args: Arguments, kwargs: Keywords, result: Any) -> Any:
     """Passes, as long as nothing is dropped: value and tangent would draw different masks."""
-    given = {**dict(zip(("input", "p", "training"), args, strict=False)), **kwargs}
+    given = _by_name(("input", "p", "training"), args, kwargs)
     if given.get("p", 0.5) > 0 and given.get("training", given.get("train", True)):
         raise TangentError(
             "drops values inside the JVP: value, tangent and gradient need one mask",
@@ -375,7 +380,7 @@ def random_rule(op: Operation, args: Arguments, kwargs: Keywords, result: Any) -
 def attention_rule(op: Operation, args: Arguments, kwargs: Keywords, result: Any) -> Any:
     """See `attention_tangent`."""
     names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
-    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    given = _by_name(names, args, kwargs)
     mask = given.get("attn_mask")
     if given.get("dropout_p", 0.0) > 0:
         raise TangentError("drops values inside the JVP", "Set dropout_p to 0")

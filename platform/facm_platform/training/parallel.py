@@ -13,9 +13,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-M = TypeVar("M", bound=Any)
+from facm_core.precision import DTYPES
 
-PARAM_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+M = TypeVar("M", bound=Any)
 
 
 def shard(model: M, device: torch.device, precision: str, reshard_after_forward: bool = True) -> M:
@@ -26,7 +26,7 @@ def shard(model: M, device: torch.device, precision: str, reshard_after_forward:
     """
     model = model.to(device)
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    dtype = PARAM_DTYPES[precision]
+    dtype = DTYPES[precision]
     # No inputs are cast: a time rounded to bfloat16 is another time.
     block_policy = MixedPrecisionPolicy(
         param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
