@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from facm_core.errors import InvalidInputError, require
-from facm_core.models.base import Condition
+from facm_core.models.base import Condition, entries, entry, null_labels
 from facm_core.models.lightning_dit import at_least_float32
 
 
@@ -107,12 +107,12 @@ class DiTAdapter(DiffusersAdapter):
 
     def velocity(self, x: Tensor, timestep: Tensor, condition: Condition) -> Tensor:
         """The first C channels of the output."""
-        (output,) = self.network(x, timestep, _labels(condition), return_dict=False)
+        (output,) = self.network(x, timestep, entry(condition, "label"), return_dict=False)
         return output[:, : x.shape[1]]
 
-    def null_condition(self, condition: Condition) -> Tensor:
+    def null_condition(self, condition: Condition) -> Condition:
         """The null label in every row."""
-        return torch.full_like(_labels(condition), self.network.config.num_embeds_ada_norm)
+        return null_labels(condition, self.network.config.num_embeds_ada_norm)
 
 
 class TextAdapter(DiffusersAdapter):
@@ -145,15 +145,15 @@ class TextAdapter(DiffusersAdapter):
         Raises:
             InvalidInputError: the null prompt has other entries, or another length.
         """
-        entries = _entries(condition)
+        found = entries(condition)
         require(
-            entries.keys() == self.null_names,
+            found.keys() == self.null_names,
             "null",
             sorted(self.null_names),
-            f"the condition has {sorted(entries)}",
+            f"the condition has {sorted(found)}",
             "Give the adapter one row of each: adapt(network, null={...})",
         )
-        return {name: self._null_rows(name, value) for name, value in entries.items()}
+        return {name: self._null_rows(name, value) for name, value in found.items()}
 
     def _null_rows(self, name: str, value: Tensor) -> Tensor:
         null = self.get_buffer(f"null_{name}")
@@ -176,8 +176,8 @@ class SD3Adapter(TextAdapter):
 
     def velocity(self, x: Tensor, timestep: Tensor, condition: Condition) -> Tensor:
         """Minus the output."""
-        text = _entry(condition, "text_embedding").to(x.dtype)
-        pooled = _entry(condition, "pooled_embedding").to(x.dtype)
+        text = entry(condition, "text_embedding").to(x.dtype)
+        pooled = entry(condition, "pooled_embedding").to(x.dtype)
         (output,) = self.network(x, text, pooled, timestep, return_dict=False)
         return -output
 
@@ -198,9 +198,9 @@ class WanAdapter(TextAdapter):
 
     def velocity(self, x: Tensor, timestep: Tensor, condition: Condition) -> Tensor:
         """Minus the output."""
-        text = _entry(condition, "text_embedding").to(x.dtype)
+        text = entry(condition, "text_embedding").to(x.dtype)
         if "text_mask" in condition:
-            text = text * _entry(condition, "text_mask")[..., None].to(x.dtype)
+            text = text * entry(condition, "text_mask")[..., None].to(x.dtype)
         video = x if x.ndim == 5 else x.unsqueeze(2)
         (output,) = self.network(video, timestep, text, return_dict=False)
         return -output.reshape(x.shape)
@@ -244,30 +244,3 @@ def _refuse_rounded_timestep(_: nn.Module, args: tuple[Tensor, ...]) -> None:
         "rounds timesteps by up to 4",
         "Shard the blocks with MixedPrecisionPolicy(cast_forward_inputs=False)",
     )
-
-
-def _labels(condition: Condition) -> Tensor:
-    return condition if isinstance(condition, Tensor) else _entry(condition, "label")
-
-
-def _entries(condition: Condition) -> Mapping[str, Tensor]:
-    if isinstance(condition, Tensor):
-        raise InvalidInputError(
-            "condition",
-            f"tensor of shape {tuple(condition.shape)}",
-            "the network reads named embeddings",
-            'Give a mapping such as {"text_embedding": ...}',
-        )
-    return condition
-
-
-def _entry(condition: Condition, name: str) -> Tensor:
-    entries = _entries(condition)
-    require(
-        name in entries,
-        f"condition.{name}",
-        None,
-        f"missing; the condition has {sorted(entries)}",
-        f"Use a latent set with {name}, or a network that does not read it",
-    )
-    return entries[name]

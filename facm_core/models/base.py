@@ -8,6 +8,8 @@ from typing import Protocol, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from facm_core.errors import require
+
 Condition: TypeAlias = Tensor | Mapping[str, Tensor]
 """Conditioning of B rows: labels (B,), or named tensors whose first dimension is B."""
 
@@ -38,6 +40,34 @@ class VelocityModel(Protocol):
 
     def null_condition(self, condition: Condition) -> Condition:
         """The unconditional counterpart of `condition`."""
+
+
+def entries(condition: Condition) -> Mapping[str, Tensor]:
+    """The named parts of a condition; a bare tensor is the labels."""
+    return {"label": condition} if isinstance(condition, Tensor) else condition
+
+
+def entry(condition: Condition, name: str) -> Tensor:
+    """The part `name` of a condition.
+
+    Raises:
+        InvalidInputError: there is none.
+    """
+    found = entries(condition)
+    require(
+        name in found,
+        f"condition.{name}",
+        None,
+        f"missing; the condition has {sorted(found)}",
+        f"Use a latent set with {name}, or a network that does not read it",
+    )
+    return found[name]
+
+
+def null_labels(condition: Condition, null_label: int) -> Condition:
+    """`condition` with the null label in every row."""
+    labels = torch.full_like(entry(condition, "label"), null_label)
+    return labels if isinstance(condition, Tensor) else {**condition, "label": labels}
 
 
 def select_rows(condition: Condition, rows: Tensor) -> Condition:

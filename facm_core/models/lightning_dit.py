@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from facm_core.errors import require, require_one_of
-from facm_core.models.base import Condition
+from facm_core.models.base import Condition, entry, null_labels
 
 FREQUENCIES = 256  # width of the sinusoidal time features, before the MLP
 
@@ -146,10 +146,9 @@ class LightningDiT(nn.Module):
         """Whether the network reads r."""
         return self.config.second_time
 
-    def null_condition(self, condition: Condition) -> Tensor:
-        """The null label for every row of `condition` (B,)."""
-        labels = self._labels(condition)
-        return torch.full_like(labels, self.config.num_classes)
+    def null_condition(self, condition: Condition) -> Condition:
+        """The null label in every row."""
+        return null_labels(condition, self.config.num_classes)
 
     def forward(
         self, x: Tensor, t: Tensor, condition: Condition, r: Tensor | None = None
@@ -164,7 +163,7 @@ class LightningDiT(nn.Module):
                 f"second_time = {self.second_time}, but r was {'not ' if r is None else ''}given"
             )
         h = self.x_embedder(x) + self.pos_embed
-        c = self.t_embedder(t) + self.y_embedder(self._labels(condition))
+        c = self.t_embedder(t) + self.y_embedder(entry(condition, "label"))
         if self.r_embedder is not None:
             c = c + self.r_embedder(r)
         for block in self.blocks:
@@ -198,9 +197,6 @@ class LightningDiT(nn.Module):
         for linear in zeroed:
             nn.init.zeros_(linear.weight)
             nn.init.zeros_(linear.bias)
-
-    def _labels(self, condition: Condition) -> Tensor:
-        return condition if isinstance(condition, Tensor) else condition["label"]
 
 
 class PatchEmbedding(nn.Module):

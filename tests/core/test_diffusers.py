@@ -345,7 +345,7 @@ def test_a_missing_condition_is_named(name: str, missing: str) -> None:
 @text_networks
 def test_labels_are_no_prompt(name: str) -> None:
     model, (x, t, _) = tiny(name, seed=1), tiny_batch(name)
-    with pytest.raises(InvalidInputError, match="reads named embeddings"):
+    with pytest.raises(InvalidInputError, match=r"text_embedding .* the condition has \['label'\]"):
         model(x, t, torch.zeros(4))
 
 

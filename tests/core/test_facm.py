@@ -66,6 +66,18 @@ def test_loss_and_gradients_equal_the_whole_model_oracle(
         assert not any(value.requires_grad for value in metrics.values())
 
 
+def test_named_labels_are_labels(make_model: Any, make_batch: Any, assert_same: Any) -> None:
+    """With rows whose condition is dropped, and guided ones."""
+    student, teacher, batch = make_model(seed=1), make_model(seed=2), make_batch()
+    assert 0 < batch["dropped"].sum() < len(batch["dropped"])
+    objective = FACM(config())
+    loss, gradients, _ = loss_and_gradients(objective, student, teacher, batch)
+    named = {**batch, "condition": {"label": batch["condition"]}}
+    named_loss, named_gradients, _ = loss_and_gradients(objective, student, teacher, named)
+    assert named_loss == loss
+    assert_same(named_gradients, gradients, 1e-12)
+
+
 @pytest.mark.parametrize(
     "wrong",
     [{"clip": math.inf}, {"p": 1.0}, {"c": 1e-2}, {"low": 0.0}, {"w": 1.5}, {"null_label": 4}],

@@ -244,13 +244,19 @@ def test_the_second_time_must_be_given_exactly_where_there_is_one(
 def test_null_condition(classes: int, make_model: Any) -> None:
     model = make_model(num_classes=classes)
     labels = torch.tensor([0, 3])
-    for condition in (labels, {"label": labels}):
-        assert torch.equal(model.null_condition(condition), torch.tensor([classes, classes]))
+    assert model.null_condition(labels).tolist() == [classes, classes]
+    named = model.null_condition({"label": labels, "key": labels})
+    assert {name: value.tolist() for name, value in named.items()} == {
+        "label": [classes, classes],
+        "key": [0, 3],
+    }
 
 
 def test_a_mapping_condition(make_model: Any, batch: tuple[Tensor, ...]) -> None:
     model, (x, t, labels) = make_model(seed=4), batch
     assert torch.equal(model(x, t, {"label": labels}), model(x, t, labels))
+    with pytest.raises(InvalidInputError, match=r"condition.label .* the condition has \['text'\]"):
+        model(x, t, {"text": labels})
 
 
 def test_a_time_is_not_rounded_to_bfloat16(make_model: Any) -> None:
