@@ -5,12 +5,15 @@ from __future__ import annotations
 import argparse
 import pickle
 import re
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from facm_core.errors import InvalidInputError
@@ -51,9 +54,7 @@ def load_published_facm(
     Raises:
         InvalidInputError: no such file or entry, or keys or shapes that differ (all are listed).
     """
-    if not Path(path).is_file():
-        raise InvalidInputError("path", str(path), "no such file", "Give the path of a .pt file")
-    content = _read(path)
+    content = read_checkpoint(path)
     found = [name for name in _SOURCES if isinstance(content.get(name), Mapping)]
     chosen = source or next(iter(found), None)
     if chosen is None or chosen not in found:
@@ -79,14 +80,7 @@ def load_strict(model: nn.Module, weights: Mapping[str, Tensor], origin: str) ->
     Raises:
         InvalidInputError: with every missing key, unexpected key and differing shape.
     """
-    expected = model.state_dict()
-    problems = [f"missing {key}" for key in expected if key not in weights]
-    problems += [f"unexpected {key}" for key in weights if key not in expected]
-    problems += [
-        f"{key} has shape {tuple(weights[key].shape)}, the model {tuple(value.shape)}"
-        for key, value in expected.items()
-        if key in weights and weights[key].shape != value.shape
-    ]
+    problems = misfits(weights, model.state_dict())
     if problems:
         raise InvalidInputError(
             "weights",
@@ -97,15 +91,41 @@ def load_strict(model: nn.Module, weights: Mapping[str, Tensor], origin: str) ->
     model.load_state_dict(dict(weights))
 
 
-def _read(path: str | Path) -> Mapping[str, Any]:
+def misfits(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> list[str]:
+    """Every missing key, unexpected key and differing shape of a state dict, in words."""
+    problems = [f"missing {key}" for key in expected if key not in weights]
+    problems += [f"unexpected {key}" for key in weights if key not in expected]
+    problems += [
+        f"{key} has shape {tuple(weights[key].shape)}, the model {tuple(value.shape)}"
+        for key, value in expected.items()
+        if key in weights and weights[key].shape != value.shape
+    ]
+    return problems
+
+
+def read_checkpoint(path: str | Path, field: str = "path") -> Mapping[str, Any]:
+    """The content of a ``.safetensors`` file, or of another as `torch.save` writes it.
+
+    Such a file is read with ``weights_only``: code in it is never executed. Tensors are mapped
+    where the file allows it, so that those nobody looks at are not read.
+
+    Raises:
+        InvalidInputError: no such file, or one of another kind; `field` is the one at fault.
+    """
+    if not Path(path).is_file():
+        remedy = "Give the path of a checkpoint file"
+        raise InvalidInputError(field, str(path), "no such file", remedy)
     problem, remedy = "not a checkpoint of tensors and plain values", "Give an official checkpoint"
     try:
+        if Path(path).suffix == ".safetensors":
+            return load_file(path)
         with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise InvalidInputError("path", str(path), problem, remedy) from error
+            mmap = zipfile.is_zipfile(path)  # the format of torch before 1.6 cannot be mapped
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except (pickle.UnpicklingError, SafetensorError, RuntimeError, EOFError) as error:
+        raise InvalidInputError(field, str(path), problem, remedy) from error
     if not isinstance(content, Mapping):
-        raise InvalidInputError("path", str(path), problem, remedy)
+        raise InvalidInputError(field, str(path), problem, remedy)
     return content
 
 

@@ -11,7 +11,7 @@ import time
 import urllib.error
 import urllib.request
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import boto3
@@ -19,6 +19,7 @@ import pytest
 
 from facm_platform.latents import LatentManifest
 from facm_platform.tracking import Store, TrackingConfig, connect_store
+from tests.faulty_s3 import FaultyS3, random_faults
 from tests.small import artifact_config, write_digits, write_model
 
 
@@ -134,6 +135,28 @@ def bucket(object_store: None) -> str:
     name = f"bucket-{uuid.uuid4().hex[:12]}"
     boto3.client("s3").create_bucket(Bucket=name)
     return f"s3://{name}"
+
+
+@pytest.fixture
+def faulty_s3(
+    object_store: None, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Callable[..., FaultyS3]]:
+    """Put an endpoint that fails before the object store: ``faulty_s3("503")`` or ``("cut")``.
+
+    The environment names it from then on, for this process and those that it starts.
+    """
+    proxies: list[FaultyS3] = []
+
+    def start(mode: str, *, rate: float = 0.1, seed: int = 0) -> FaultyS3:
+        faults = random_faults(mode, rate, seed)
+        proxies.append(FaultyS3(os.environ["AWS_ENDPOINT_URL"], faults))
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxies[-1].url)
+        return proxies[-1]
+
+    yield start
+    for proxy in proxies:
+        proxy.stop()
+        assert proxy.errors == []
 
 
 @pytest.fixture(scope="session")

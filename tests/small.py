@@ -6,15 +6,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import torch
+from sklearn.datasets import load_digits
 
 from facm_core.autoencoders import load_autoencoder
 from facm_core.models import LightningDiT, LightningDiTConfig
 from facm_platform.latents import LatentManifest
-from facm_platform.latents.images import image_source
-from facm_platform.latents.tables import to_table
-from facm_platform.latents.writer import PartLayout, part_name, write_part
+from facm_platform.latents.manifest import part_name
+from facm_platform.latents.tables import RowFormat
+from facm_platform.latents.writer import write_part
 from facm_platform.registry import ArtifactConfig, save_artifact
 
 ARCHITECTURE = LightningDiTConfig(
@@ -30,22 +30,21 @@ ARCHITECTURE = LightningDiTConfig(
 
 def write_digits(folder: Path, rows: int = 1797) -> LatentManifest:
     """The first `rows` digits as a latent set, as jobs/encode.py would write it."""
-    source, autoencoder = image_source("digits"), load_autoencoder("identity")
-    layout = PartLayout(shape=source.image_shape, dtype="float32", num_classes=source.num_classes)
-    tables: list[pa.Table] = [
-        to_table(batch.images, batch.labels, batch.keys) for batch in source.batches(0, rows, 500)
-    ]
-    part, statistics = write_part(str(folder), part_name(0), tables, layout)
-    manifest = LatentManifest(
-        rows=rows,
-        latent_shape=source.image_shape,
-        latent_dtype="float32",
-        num_classes=source.num_classes,
-        mean=tuple(statistics.mean.tolist()),
-        std=tuple(statistics.std().tolist()),
+    format = RowFormat(latent_shape=(1, 8, 8), latent_dtype="float32", num_classes=10)
+    pixels, labels = load_digits(return_X_y=True)
+    table = format.table(
+        {
+            "latent": pixels[:rows].reshape(rows, 1, 8, 8) / 8 - 1,
+            "label": labels[:rows],
+            "key": [f"digits/{row:05d}" for row in range(rows)],
+        }
+    )
+    autoencoder = load_autoencoder("identity")
+    manifest = LatentManifest.of(
+        format,
+        [write_part(str(folder), part_name(0), [table], format)],
         autoencoder_id=autoencoder.id,
         autoencoder_sha256=autoencoder.sha256,
-        parts=(part,),
         encoding_sha256="0" * 64,
         created_by="test",
     )

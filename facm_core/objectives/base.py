@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -38,16 +38,27 @@ class Draws:
         t: Times, (B,).
         dropped: Rows whose condition is replaced by the null condition, boolean (B,).
         r: Second times, (B,), for an objective on intervals [t, r].
+        mirrored: Rows that are told 2 − t instead of t, boolean (B,), for flow matching on both
+            domains.
     """
 
     x_0: Tensor
     t: Tensor
     dropped: Tensor
     r: Tensor | None = None
+    mirrored: Tensor | None = None
 
-    def rows(self, start: int, stop: int) -> Draws:
-        """The draws of rows start … stop − 1 of the batch."""
-        return Draws(**{n: x[start:stop] for n, x in vars(self).items() if x is not None})
+    def given(self) -> dict[str, Tensor]:
+        """Those that the objective asks for, as arguments of its call."""
+        return {name: value for name, value in vars(self).items() if value is not None}
+
+    def share(self, rank: int, world_size: int) -> Draws:
+        """The draws of rows rank, rank + world_size, … of the batch: those of one worker."""
+        return Draws(**{name: value[rank::world_size] for name, value in self.given().items()})
+
+    def to(self, device: torch.device) -> Draws:
+        """The same numbers on `device`."""
+        return Draws(**{name: value.to(device) for name, value in self.given().items()})
 
 
 class Objective(Protocol):
@@ -56,20 +67,11 @@ class Objective(Protocol):
     def draw(self, shape: tuple[int, ...], generator: Generator | None = None) -> Draws:
         """Random draws for data of `shape` (B, …), on the generator's device."""
 
-    def __call__(
-        self,
-        student: VelocityModel,
-        x_1: Tensor,
-        condition: Condition,
-        teacher: VelocityModel | None = None,
-        *,
-        x_0: Tensor | None = None,
-        t: Tensor | None = None,
-        dropped: Tensor | None = None,
-        generator: Generator | None = None,
-        images_seen: int = 0,
-    ) -> ObjectiveOutput:
-        """Loss on data x_1 (B, …). Draws that are not given come from `generator`."""
+    def __call__(self, *args: Any, **kwargs: Any) -> ObjectiveOutput:
+        """The loss of (student, x_1, condition, teacher=None, *, generator=None, images_seen=0).
+
+        Any of the draws can be given by its name in `Draws`; the others come from `generator`.
+        """
 
 
 def draw(
@@ -87,21 +89,14 @@ def draw(
     )
 
 
-def complete(
-    drawn: Draws,
-    x_1: Tensor,
-    x_0: Tensor | None,
-    t: Tensor | None,
-    dropped: Tensor | None,
-    r: Tensor | None = None,
-) -> Draws:
-    """Given draws win over drawn ones; all of them like the data x_1."""
-    r = drawn.r if r is None else r
+def complete(drawn: Draws, x_1: Tensor, **given: Tensor | None) -> Draws:
+    """Given draws win over drawn ones; times and noise like the data x_1, masks on its device."""
+    values = drawn.given() | {name: value for name, value in given.items() if value is not None}
     return Draws(
-        x_0=(drawn.x_0 if x_0 is None else x_0).to(x_1),
-        t=(drawn.t if t is None else t).to(x_1),
-        dropped=(drawn.dropped if dropped is None else dropped).to(x_1.device),
-        r=None if r is None else r.to(x_1),
+        **{
+            name: value.to(x_1.device if value.dtype == torch.bool else x_1)
+            for name, value in values.items()
+        }
     )
 
 

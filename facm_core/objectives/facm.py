@@ -109,7 +109,7 @@ class FACM:
             InvalidInputError: the student's time inputs do not fit `conditioning`.
         """
         self.check_student(student)
-        draws = complete(self.draw(tuple(x_1.shape), generator), x_1, x_0, t, dropped)
+        draws = complete(self.draw(tuple(x_1.shape), generator), x_1, x_0=x_0, t=t, dropped=dropped)
         t = draws.t
         condition = drop_condition(student, condition, draws.dropped)
         x_t = interpolate(draws.x_0, x_1, t)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Generator, Tensor
@@ -62,8 +62,10 @@ class FlowMatching:
         self.times = config.times.build()
 
     def draw(self, shape: tuple[int, ...], generator: Generator | None = None) -> Draws:
-        """Noise, times and label dropout for data of `shape` (B, …)."""
-        return draw(shape, self.times, self.config.label_dropout, generator)
+        """Noise, times and label dropout for data of `shape` (B, …); every second row mirrored."""
+        draws = draw(shape, self.times, self.config.label_dropout, generator)
+        mirrored = torch.arange(shape[0], device=draws.t.device) % 2 == 1
+        return replace(draws, mirrored=mirrored) if self.config.expanded else draws
 
     def __call__(
         self,
@@ -75,18 +77,19 @@ class FlowMatching:
         x_0: Tensor | None = None,
         t: Tensor | None = None,
         dropped: Tensor | None = None,
+        mirrored: Tensor | None = None,
         generator: Generator | None = None,
         images_seen: int = 0,
     ) -> ObjectiveOutput:
         """Loss of `student` on data x_1 (B, C, H, W); `teacher` and `images_seen` play no part."""
-        draws = complete(self.draw(tuple(x_1.shape), generator), x_1, x_0, t, dropped)
+        drawn = self.draw(tuple(x_1.shape), generator)
+        draws = complete(drawn, x_1, x_0=x_0, t=t, dropped=dropped, mirrored=mirrored)
         condition = drop_condition(student, condition, draws.dropped)
         x_t = interpolate(draws.x_0, x_1, draws.t)
         v = conditional_velocity(draws.x_0, x_1)
         time = draws.t
-        if self.config.expanded:
-            mirrored = torch.arange(len(time), device=time.device) % 2 == 1
-            time = torch.where(mirrored, 2 - time, time)
+        if draws.mirrored is not None:
+            time = torch.where(draws.mirrored, 2 - time, time)
         r = draws.t if student.second_time else None
         velocity = student(x_t, time, condition, r).to(v.dtype)
         loss_mse = mean_square(velocity, v)

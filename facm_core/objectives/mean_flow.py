@@ -114,7 +114,9 @@ class MeanFlow:
             InvalidInputError: the student has no second time.
         """
         self.check_student(student)
-        draws = complete(self.draw(tuple(x_1.shape), generator), x_1, x_0, t, dropped, r)
+        draws = complete(
+            self.draw(tuple(x_1.shape), generator), x_1, x_0=x_0, t=t, dropped=dropped, r=r
+        )
         t = draws.t
         r = torch.maximum(t, cast(Tensor, draws.r))
         condition = drop_condition(student, condition, draws.dropped)

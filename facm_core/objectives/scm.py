@@ -114,7 +114,7 @@ class SCM(nn.Module):
             InvalidInputError: guidance without a teacher.
         """
         self.check_teacher(teacher)
-        draws = complete(self.draw(tuple(x_1.shape), generator), x_1, x_0, t, dropped)
+        draws = complete(self.draw(tuple(x_1.shape), generator), x_1, x_0=x_0, t=t, dropped=dropped)
         t = draws.t
         condition = drop_condition(student, condition, draws.dropped)
         x_t = interpolate(draws.x_0, x_1, t)

@@ -33,7 +33,11 @@ def connected() -> Iterator[None]:
     packages = [str(Path(package.__path__[0])) for package in (facm_core, facm_platform)]
     ray.init(
         address=cluster_address(),
-        runtime_env={"py_modules": packages},
+        runtime_env={
+            "py_modules": packages,
+            # Otherwise every execution of a data set says that it is finished.
+            "env_vars": {"RAY_DATA_LOG_LEVEL": "WARNING"},
+        },
         logging_level=logging.WARNING,
     )
     try:

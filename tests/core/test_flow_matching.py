@@ -113,3 +113,20 @@ def test_times_are_logit_normal_by_default() -> None:
     z = torch.logit(t.double())
     assert abs(z.mean()) < 4 / math.sqrt(len(z))
     assert abs(z.std() - 1) < 4 / math.sqrt(2 * len(z))
+
+
+@pytest.mark.parametrize("workers", [2, 3])
+def test_workers_together_see_what_one_sees(workers: int, make_model: Any, make_batch: Any) -> None:
+    """Every second row of the whole batch is mirrored, whoever has it."""
+    model, x_1 = make_model(seed=1), make_batch()["x_1"].repeat(2, 1, 1, 1)[:6]
+    labels = torch.arange(6) % 3
+    objective = FlowMatching(FlowMatchingConfig())
+    draws = objective.draw(tuple(x_1.shape), torch.Generator().manual_seed(0))
+    whole = objective(model, x_1, labels, **draws.given()).loss
+    shares = [
+        objective(model, x_1[w::workers], labels[w::workers], **draws.share(w, workers).given())
+        for w in range(workers)
+    ]
+    assert torch.stack([share.loss for share in shares]).mean().item() == pytest.approx(
+        whole.item(), rel=1e-9
+    )

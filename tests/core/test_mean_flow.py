@@ -175,7 +175,7 @@ def test_draws_come_from_the_generator_unless_given(make_model: Any, make_batch:
         return objective(student, x_1, condition, generator=generator, **given).loss.item()
 
     assert loss(0) == loss(0) != loss(1)
-    given = vars(objective.draw(tuple(x_1.shape), torch.Generator().manual_seed(0)))
+    given = objective.draw(tuple(x_1.shape), torch.Generator().manual_seed(0)).given()
     assert given.keys() == {"x_0", "t", "dropped", "r"}
     assert loss(7, **given) == loss(0)
     for name in given:  # each of the four is used
@@ -218,9 +218,9 @@ def assert_rate(rows: Tensor, expected: float) -> None:
 
 def test_rows_of_the_draws_are_those_of_the_batch() -> None:
     draws = MeanFlow(config(interval_share=0.5)).draw((8, 2), torch.Generator().manual_seed(0))
-    part = draws.rows(2, 5)
+    part = draws.share(2, 3)
     for name in ("x_0", "t", "dropped", "r"):
-        assert torch.equal(getattr(part, name), getattr(draws, name)[2:5])
+        assert torch.equal(getattr(part, name), getattr(draws, name)[[2, 5]])
 
 
 def test_defaults_are_those_of_the_paper() -> None:

@@ -152,15 +152,6 @@ def test_network_that_does_not_fit_the_latents(digits_uri: str, tmp_path: Path) 
         pretrain.prepare(settings)
 
 
-def test_expanded_interval_needs_even_shares(digits_uri: str, tmp_path: Path) -> None:
-    overrides = [f"data.uri={digits_uri}", f"run.storage_uri={tmp_path}"]
-    settings = load_config(
-        pretrain.PretrainConfig, "digits_pretrain", [*overrides, "train.global_batch_size=6"]
-    )
-    with pytest.raises(ValueError, match=r"global_batch_size = 6: .*Use a multiple of 4"):
-        pretrain.prepare(settings)
-
-
 def test_dry_run_starts_nothing_and_tells_the_plan(
     recipe: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

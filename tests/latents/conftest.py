@@ -10,17 +10,18 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from facm_core.autoencoders import load_autoencoder
 from facm_platform.latents import LatentManifest
-from facm_platform.latents.statistics import ChannelStatistics
-from facm_platform.latents.tables import row_bytes, to_table
-from facm_platform.latents.writer import PartLayout, part_name, write_part
+from facm_platform.latents.manifest import part_name
+from facm_platform.latents.tables import RowFormat
+from facm_platform.latents.writer import write_part
 
 SHAPE = (2, 3, 4)
 ROW_GROUP_ROWS = 7
 # In 8, 6 and 1 row groups; no multiple of 2 or 3, so that lanes differ in length.
 PART_ROWS = (50, 37, 4)
 ROWS = 91
-ROW_BYTES = row_bytes(SHAPE, "float32")
+FORMAT = RowFormat(latent_shape=SHAPE, latent_dtype="float32", num_classes=10)
 
 
 def rows(part: int, count: int) -> tuple[np.ndarray, np.ndarray, list[str]]:
@@ -39,35 +40,28 @@ def make_set() -> MakeSet:
     """Writes a set with the given rows per part, in row groups of seven rows."""
 
     def make(uri: str, part_rows: Sequence[int] = PART_ROWS) -> LatentManifest:
-        layout = PartLayout(
-            shape=SHAPE,
-            dtype="float32",
-            num_classes=10,
-            row_group_bytes=ROW_GROUP_ROWS * ROW_BYTES,
-        )
-
         def tables(part: int, count: int) -> Iterator[pa.Table]:
             latents, labels, keys = rows(part, count)
             for start in range(0, count, 11):
                 stretch = slice(start, start + 11)
-                yield to_table(latents[stretch], labels[stretch], keys[stretch])
+                values = {"latent": latents, "label": labels, "key": keys}
+                yield FORMAT.table({name: value[stretch] for name, value in values.items()})
 
-        parts = []
-        statistics = ChannelStatistics.empty(SHAPE[0])
-        for index, count in enumerate(part_rows):
-            part, part_statistics = write_part(uri, part_name(index), tables(index, count), layout)
-            parts.append(part)
-            statistics = statistics.merge(part_statistics)
-        manifest = LatentManifest(
-            rows=sum(part_rows),
-            latent_shape=SHAPE,
-            latent_dtype="float32",
-            num_classes=10,
-            mean=tuple(statistics.mean.tolist()),
-            std=tuple(statistics.std().tolist()),
+        made = [
+            write_part(
+                uri,
+                part_name(index),
+                tables(index, count),
+                FORMAT,
+                row_group_bytes=ROW_GROUP_ROWS * FORMAT.row_bytes,
+            )
+            for index, count in enumerate(part_rows)
+        ]
+        manifest = LatentManifest.of(
+            FORMAT,
+            made,
             autoencoder_id="identity",
-            autoencoder_sha256="0",
-            parts=tuple(parts),
+            autoencoder_sha256=load_autoencoder("identity").sha256,
             encoding_sha256="0",
             created_by="test",
         )

@@ -4,18 +4,23 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
+import torch
+from PIL import Image
 from sklearn.datasets import load_digits
 
 from facm_core.errors import InvalidInputError
 from facm_platform import storage
 from facm_platform.config import load_config
 from facm_platform.config.sections import RunConfig
-from facm_platform.latents import LatentManifest, LatentStream
+from facm_platform.latents import LatentManifest, LatentStream, local_batches
+from facm_platform.latents.build import BuildersConfig
 from facm_platform.latents.encode import EncodeConfig, prepare
-from facm_platform.latents.images import image_source
+from facm_platform.latents.images import ImagesConfig
+from facm_platform.latents.images.pixels import decode
 from facm_platform.latents.stream import read
-from facm_platform.latents.tables import labels_of, latents_of
+from facm_platform.latents.tables import values_of
 from facm_platform.tracking import Store
 
 RUN = RunConfig(name="encode")
@@ -45,25 +50,12 @@ def encode(uri: str, **values: Any) -> LatentManifest:
     return LatentManifest.load(uri)
 
 
-def test_the_digits_are_those_of_scikit_learn() -> None:
-    source = image_source("digits")
-    batches = list(source.batches(3, 1797, 500))
-    images = np.concatenate([batch.images for batch in batches])
-    expected, labels = load_digits(return_X_y=True)
-
-    assert [len(batch.keys) for batch in batches] == [500, 500, 500, 294]
-    assert np.array_equal((images.reshape(-1, 64) + 1) * 8, expected[3:])
-    assert (images.min(), images.max(), images.dtype) == (-1.0, 1.0, np.float32)
-    assert np.concatenate([batch.labels for batch in batches]).tolist() == labels[3:].tolist()
-    assert batches[0].keys[:2] == ["digits/00003", "digits/00004"]
-
-
 @pytest.mark.usefixtures("ray_cluster")
 def test_encoding_twice_gives_the_same_bytes_everywhere(
     tmp_path: Path, bucket: str, tracking: Store
 ) -> None:
     here = encode(str(tmp_path / "one"))
-    again = encode(str(tmp_path / "two"), batch_size=33)
+    again = encode(str(tmp_path / "two"))
     there = encode(f"{bucket}/digits")
 
     runs = tracking.client.search_runs([tracking.experiment_id])
@@ -87,12 +79,12 @@ def test_the_set_holds_every_digit_once_with_its_statistics(set_folder: Path) ->
     np.testing.assert_allclose(manifest.mean, [scaled.mean()], rtol=1e-12)
     np.testing.assert_allclose(manifest.std, [scaled.std()], rtol=1e-12)
 
-    stream = LatentStream(str(set_folder), manifest, seed=0, lanes=1)
-    (table,) = (table for task in stream.tasks(0, 0, 1797) for table in read(task))
+    stream = LatentStream(str(set_folder), manifest, seed=0)
+    (table,) = (table for task in stream.tasks(0, 1797) for table in read(task))
     index = [int(key.removeprefix("digits/")) for key in table.column("key").to_pylist()]
     assert sorted(index) == list(range(1797))
-    assert np.array_equal(latents_of(table).reshape(-1, 64), scaled[index])
-    assert np.array_equal(labels_of(table), labels[index])
+    assert np.array_equal(values_of(table, "latent").reshape(-1, 64), scaled[index])
+    assert np.array_equal(values_of(table, "label"), labels[index])
 
 
 @pytest.mark.usefixtures("ray_cluster")
@@ -106,7 +98,7 @@ def test_a_set_that_is_there_is_left_and_another_only_replaced_when_told(set_fol
     assert encode(uri) == first
     assert {file.name: file.stat().st_mtime_ns for file in set_folder.iterdir()} == written
 
-    with pytest.raises(InvalidInputError, match=r"another latent set lies there.*overwrite=true"):
+    with pytest.raises(InvalidInputError, match=r"another latent set .* lies there.*overwrite"):
         prepare(EncodeConfig(run=RUN, output_uri=uri, latent_dtype="float16"))
     replaced = encode(uri, latent_dtype="float16", part_rows=5000, overwrite=True)
     assert (replaced.latent_dtype, len(replaced.parts)) == ("float16", 1)
@@ -120,6 +112,133 @@ def test_what_an_interrupted_encoding_left_is_cleared(set_folder: Path) -> None:
     (set_folder / "part-00009.parquet").write_bytes(b"half")
     encode(str(set_folder))
     assert "part-00009.parquet" not in storage.list_files(str(set_folder))
+
+
+@pytest.fixture(scope="module")
+def vae(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random autoencoder: (3, 16, 16) images to (4, 8, 8) latents."""
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("vae")
+    AutoencoderKL(
+        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        layers_per_block=1,
+        norm_num_groups=4,
+        latent_channels=4,
+    ).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two classes of ten images of 20 x 18 noise, and two files that are no images."""
+    folder = tmp_path_factory.mktemp("photos")
+    random = np.random.default_rng(0)
+    for index in range(20):
+        file = folder / ("cat", "dog")[index // 10] / f"{index:02d}.png"
+        file.parent.mkdir(exist_ok=True)
+        Image.fromarray(random.integers(0, 256, (18, 20, 3), np.uint8)).save(file)
+    (folder / "cat" / "empty.png").write_bytes(b"")
+    (folder / "dog" / "text.jpg").write_bytes(b"no image")
+    return folder
+
+
+def encode_photos(uri: str, photos: Path, vae: Path, **values: Any) -> LatentManifest:
+    source = ImagesConfig(kind="folder", uri=str(photos), size=16)
+    settings = {"source": source, "autoencoder": str(vae), "part_rows": 8, "batch_size": 3}
+    settings |= {"max_quarantined": 0.1, "workers": BuildersConfig(count=1)}
+    prepare(EncodeConfig(run=RUN, output_uri=uri, **settings | values)).execute()
+    return LatentManifest.load(uri)
+
+
+def stored_rows(uri: str, manifest: LatentManifest) -> dict[str, dict[str, np.ndarray]]:
+    tables = [pq.read_table(Path(uri, part.name)) for part in manifest.parts]
+    return {
+        key: {name: values_of(table, name)[row] for name in table.column_names if name != "key"}
+        for table in tables
+        for row, key in enumerate(table.column("key").to_pylist())
+    }
+
+
+def expected_moments(photos: Path, vae: Path, key: str, mirrored: bool) -> tuple[Any, Any]:
+    from diffusers import AutoencoderKL
+
+    model = AutoencoderKL.from_pretrained(vae).eval()
+    image = decode((photos / key).read_bytes(), 16)
+    image = image[:, :, ::-1].copy() if mirrored else image
+    with torch.no_grad():
+        posterior = model.encode(torch.from_numpy(image)[None]).latent_dist
+    return posterior.mean[0].numpy(), posterior.logvar[0].numpy()
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_images_to_moments_of_both_sides(tmp_path: Path, photos: Path, vae: Path) -> None:
+    uri = str(tmp_path / "set")
+    manifest = encode_photos(uri, photos, vae, stored="moments", flip=True)
+    rows = stored_rows(uri, manifest)
+
+    assert (manifest.latent_shape, manifest.class_names) == ((4, 8, 8), ("cat", "dog"))
+    assert (manifest.rows, len(manifest.parts)) == (20, 3)
+    assert {entry.key: entry.reason for entry in manifest.quarantined} == {
+        "cat/empty.png": "empty",
+        "dog/text.jpg": "not an image of a known format",
+    }
+    assert sorted(rows) == sorted(p.relative_to(photos).as_posix() for p in photos.glob("*/??.png"))
+    assert all(row["label"] == key.startswith("dog") for key, row in rows.items())
+    for key in ("cat/03.png", "dog/17.png"):
+        for column, mirrored in (("latent", False), ("latent_flip", True)):
+            expected = np.concatenate(expected_moments(photos, vae, key, mirrored))
+            np.testing.assert_allclose(rows[key][column], expected, atol=1e-5)
+    both = np.stack([row[c] for row in rows.values() for c in ("latent", "latent_flip")])
+    mean, log_variance = np.split(both.astype(np.float64), 2, axis=1)
+    variance = mean.var((0, 2, 3)) + np.exp(log_variance).mean((0, 2, 3))
+    np.testing.assert_allclose(manifest.mean, mean.mean((0, 2, 3)), rtol=1e-9)
+    np.testing.assert_allclose(manifest.std, np.sqrt(variance), rtol=1e-9)
+
+    # What training sees: draws that are normalised, another one in each epoch.
+    batches = local_batches(LatentStream(uri, manifest, 0), 0, 200 * 20, 20)
+    seen = [dict(zip(batch.keys, batch.latents, strict=True)) for batch in batches]
+    assert not torch.equal(seen[0]["cat/03.png"], seen[1]["cat/03.png"])
+    drawn = torch.stack([latent for epoch in seen for latent in epoch.values()])
+    assert drawn.shape[1:] == (4, 8, 8)
+    assert drawn.mean((0, 2, 3)).abs().max() < 0.02
+    assert (drawn.std((0, 2, 3)) - 1).abs().max() < 0.02
+    of_one = manifest.denormalise(torch.stack([epoch["cat/03.png"] for epoch in seen]))
+    sides = [expected_moments(photos, vae, "cat/03.png", side)[0] for side in (False, True)]
+    spread = np.exp(expected_moments(photos, vae, "cat/03.png", False)[1] / 2).mean()
+    np.testing.assert_allclose(of_one.mean(0), sum(sides) / 2, atol=5 * spread / np.sqrt(200) + 0.1)
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_samples_depend_on_their_key_and_the_seed_alone(
+    tmp_path: Path, photos: Path, vae: Path
+) -> None:
+    rows = {}
+    for name, changes in (
+        ("one", {}),
+        ("otherwise", {"part_rows": 5, "batch_size": 4}),
+        ("seed", {"seed": 1}),
+    ):
+        uri = str(tmp_path / name)
+        rows[name] = stored_rows(uri, encode_photos(uri, photos, vae, **changes))
+    for key, row in rows["one"].items():
+        np.testing.assert_allclose(rows["otherwise"][key]["latent"], row["latent"], atol=1e-5)
+        assert np.abs(rows["seed"][key]["latent"] - row["latent"]).max() > 0.1
+    noise = []
+    for key, row in rows["one"].items():
+        mean, log_variance = expected_moments(photos, vae, key, False)
+        noise.append((row["latent"] - mean) / np.exp(log_variance / 2))
+    assert abs(np.mean(noise)) < 4 / np.sqrt(np.size(noise))
+    assert abs(np.std(noise) - 1) < 4 / np.sqrt(2 * np.size(noise))
+    assert np.abs(np.corrcoef(np.reshape(noise, (20, -1))) - np.eye(20)).max() < 0.4
+
+
+def test_moments_need_an_autoencoder_that_has_them(tmp_path: Path) -> None:
+    with pytest.raises(InvalidInputError, match=r"stored = 'moments': .*identity has no log-var"):
+        prepare(EncodeConfig(run=RUN, output_uri=str(tmp_path), stored="moments"))
 
 
 def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
@@ -140,8 +259,8 @@ def test_a_damaged_set_is_refused_unless_it_is_to_be_replaced(tmp_path: Path) ->
     ("overrides", "problem"),
     [
         (["output_uri=x", "run.name=a/b"], r"run.name = 'a/b': not usable"),
-        (["output_uri=x", "source=cats"], r"source = 'cats': .*Use one of digits"),
-        (["output_uri=x", "autoencoder=vae"], r"autoencoder = 'vae': .*Use one of identity"),
+        (["output_uri=x", "source.kind=cats"], r"source.kind = 'cats': .*Use one of digits"),
+        (["output_uri=x", "autoencoder=vae"], r"autoencoder = 'vae': nothing lies there"),
         (["output_uri=x", "part_rows=0"], "part_rows = 0: not positive"),
         (["output_uri=x", "batch_size=-1"], "batch_size = -1: not positive"),
         (["output_uri=x", "latent_dtype=int8"], "latent_dtype = 'int8': unknown choice"),

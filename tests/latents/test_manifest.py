@@ -46,14 +46,15 @@ def test_normalise_is_per_channel_and_inverted_by_denormalise(latent_set: Set) -
     mean, std = (np.array(v).reshape(1, 2, 1, 1) for v in (manifest.mean, manifest.std))
     expected = (latents.astype(np.float64) - mean) / std
 
-    normalised = manifest.normalise(latents)
-    tensor = manifest.normalise(torch.from_numpy(latents))
+    given = torch.from_numpy(latents)
+    normalised = manifest.normalise(given)
 
-    assert normalised.dtype == np.float32
+    assert normalised.dtype == torch.float32
     np.testing.assert_allclose(normalised, expected, rtol=1e-5, atol=1e-6)
-    assert np.array_equal(tensor.numpy(), normalised)
+    assert np.array_equal(given, latents)
     np.testing.assert_allclose(manifest.denormalise(normalised), latents, rtol=1e-6)
-    np.testing.assert_allclose(manifest.denormalise(tensor).numpy(), latents, rtol=1e-6)
+    halves = manifest.normalise(given.half())
+    np.testing.assert_allclose(halves, (given.half().double() - mean) / std, atol=1e-6)
 
 
 def test_a_folder_without_manifest_is_no_set(own_set: Set) -> None:
@@ -77,7 +78,10 @@ def test_a_folder_without_manifest_is_no_set(own_set: Set) -> None:
         (lambda v: v.update(std=[1.0, 0.0]), "not finite and positive"),
         (lambda v: v.update(latent_dtype="int8"), "latent_dtype = 'int8': unknown choice"),
         (lambda v: v.update(latent_shape=[2, 12]), r"not of the form \(C, H, W\)"),
-        (lambda v: v.pop("columns") and v.update(columns=["latent"]), "lacks one of"),
+        (lambda v: v.update(num_classes=0), "rows have either labels or a text"),
+        (lambda v: v.update(text_shape=[4, 8]), "rows have either labels or a text"),
+        (lambda v: v.update(text_shape=[4], num_classes=0), r"not of the form \(tokens, features"),
+        (lambda v: v.update(class_names=["cat"]), "not one for each of num_classes = 10"),
         (lambda v: v.update(extra=1), "unexpected keyword argument 'extra'"),
         (lambda v: v.pop("parts"), "not a manifest of a latent set"),
         (lambda v: v["parts"][2].update(bytes=1), "part-00002.parquet has .* manifest says 1"),
@@ -103,6 +107,20 @@ def test_a_missing_or_cut_part_is_named(own_set: Set) -> None:
     part.unlink()
     with pytest.raises(InvalidInputError, match=r"part-00001.parquet is missing"):
         LatentManifest.load(uri)
+
+
+def test_a_part_that_the_manifest_does_not_know_is_named(own_set: Set) -> None:
+    uri, manifest = own_set
+    Path(uri, "part-00003.parquet").write_bytes(Path(uri, manifest.parts[0].name).read_bytes())
+    with pytest.raises(InvalidInputError, match=r"part-00003.parquet: 1 part\(s\) that the manif"):
+        LatentManifest.load(uri)
+
+
+def test_of_two_writers_one_wins(own_set: Set) -> None:
+    uri, manifest = own_set
+    with pytest.raises(FileExistsError):
+        dataclasses.replace(manifest, created_by="another").save(uri)
+    assert LatentManifest.load(uri).created_by == "test"
 
 
 def test_a_manifest_that_is_no_json_is_refused(own_set: Set) -> None:

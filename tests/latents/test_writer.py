@@ -12,11 +12,9 @@ import pytest
 from facm_core.errors import InvalidInputError
 from facm_platform.latents import LatentManifest
 from facm_platform.latents.statistics import ChannelStatistics
-from facm_platform.latents.tables import rebatch, to_table
-from facm_platform.latents.writer import PartLayout, write_part
-from tests.latents.conftest import PART_ROWS, ROW_GROUP_ROWS, SHAPE, rows
-
-LAYOUT = PartLayout(shape=SHAPE, dtype="float32", num_classes=10)
+from facm_platform.latents.tables import RowFormat, rebatch
+from facm_platform.latents.writer import write_part
+from tests.latents.conftest import FORMAT, PART_ROWS, ROW_GROUP_ROWS, SHAPE, rows
 
 
 def test_any_parquet_reader_finds_the_rows(latent_set: tuple[str, LatentManifest]) -> None:
@@ -72,12 +70,35 @@ def test_a_constant_channel_cannot_be_normalised() -> None:
         ChannelStatistics.of(latents).std()
 
 
+def test_statistics_of_moments_are_those_of_all_draws() -> None:
+    """By the law of total variance; a million draws agree."""
+    rng = np.random.default_rng(0)
+    mean, log_variance = rng.normal(2, 3, (50, 2, 2, 2)), rng.normal(-1, 1, (50, 2, 2, 2))
+    statistics = ChannelStatistics.of(np.concatenate([mean, log_variance], 1), moments=True)
+
+    variance = mean.var((0, 2, 3)) + np.exp(log_variance).mean((0, 2, 3))
+    np.testing.assert_allclose(statistics.mean, mean.mean((0, 2, 3)), rtol=1e-12)
+    np.testing.assert_allclose(statistics.std(), np.sqrt(variance), rtol=1e-12)
+    drawn = mean + np.exp(log_variance / 2) * rng.normal(size=(2500, *mean.shape))
+    np.testing.assert_allclose(statistics.std(), drawn.std((0, 1, 3, 4)), rtol=0.01)
+
+
+def test_mirrored_latents_count(tmp_path: Path) -> None:
+    format = RowFormat(latent_shape=(1, 2, 2), latent_dtype="float32", flip=True, num_classes=1)
+    rng = np.random.default_rng(0)
+    latents, mirrored = rng.normal(size=(2, 20, 1, 2, 2)).astype(np.float32)
+    values = {"latent": latents, "latent_flip": mirrored, "label": [0] * 20, "key": ["k"] * 20}
+    _, statistics = write_part(str(tmp_path), "part-00000.parquet", [format.table(values)], format)
+    both = np.concatenate([latents, mirrored]).astype(np.float64)
+    np.testing.assert_allclose(statistics.mean, both.mean((0, 2, 3)), rtol=1e-12)
+    np.testing.assert_allclose(statistics.std(), both.std((0, 2, 3)), rtol=1e-12)
+
+
 @pytest.mark.parametrize("size", [1, 4, 7, 100])
 def test_rebatch_keeps_every_row_in_order(size: int) -> None:
     latents, labels, keys = rows(0, 30)
-    pieces = [
-        to_table(latents[a:b], labels[a:b], keys[a:b]) for a, b in [(0, 1), (1, 20), (20, 30)]
-    ]
+    table = FORMAT.table({"latent": latents, "label": labels, "key": keys})
+    pieces = [table[a:b] for a, b in [(0, 1), (1, 20), (20, 30)]]
 
     batches = list(rebatch(pieces, size))
 
@@ -100,12 +121,13 @@ def test_a_row_that_would_spoil_training_is_refused_by_key(
 ) -> None:
     latents, labels, keys = rows(0, 20)
     latents[row, 0, 1, 1], labels[row] = value, label
+    table = FORMAT.table({"latent": latents, "label": labels, "key": keys})
     with pytest.raises(InvalidInputError, match=rf"key = '0/0000{row}'.*{problem}"):
-        write_part(str(tmp_path), "part-00000.parquet", [to_table(latents, labels, keys)], LAYOUT)
+        write_part(str(tmp_path), "part-00000.parquet", [table], FORMAT)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_part_without_rows_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InvalidInputError, match="a part without rows"):
-        write_part(str(tmp_path), "part-00000.parquet", [], LAYOUT)
+        write_part(str(tmp_path), "part-00000.parquet", [], FORMAT)
     assert list(tmp_path.iterdir()) == []

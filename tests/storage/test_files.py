@@ -52,6 +52,8 @@ def test_a_write_that_fails_leaves_what_was_there(root: str) -> None:
 
     with storage.output_file(uri) as file:
         file.write_bytes(b"new")
+        assert storage.read_bytes(uri) == b"old"
+        assert storage.list_files(root) == {"a": 3}
     assert storage.read_bytes(uri) == b"new"
 
 
@@ -109,3 +111,11 @@ def test_a_folder_without_permission_is_named(
     monkeypatch.setattr(Path, "mkdir", refuse)
     with pytest.raises(InvalidInputError, match=r"no permission. Check the owner"):
         storage.write_bytes(f"{tmp_path}/set/a", b"1")
+
+
+def test_a_copy_of_a_single_file_keeps_its_name(root: str) -> None:
+    uri = storage.join(root, "folder", "weights.pt")
+    storage.write_bytes(uri, b"content")
+    with storage.local_copy(uri) as copy:
+        assert copy.name == "weights.pt"
+        assert copy.read_bytes() == b"content"

@@ -33,14 +33,14 @@ MakeTask = Callable[..., TrainingTask]
 
 @pytest.fixture
 def make_task(tmp_path: Path, digits_uri: str, teacher_uri: str) -> MakeTask:
-    """``make_task(**changes)`` -> a distillation of 12 steps; ``lanes`` is the world size."""
+    """``make_task(**changes)`` -> a distillation of 12 steps."""
 
-    def make(lanes: int = 1, teacher: bool = True, **changes: object) -> TrainingTask:
+    def make(teacher: bool = True, **changes: object) -> TrainingTask:
         manifest = LatentManifest.load(digits_uri)
         task = TrainingTask(
             job="distill" if teacher else "pretrain",
             folder_uri=str(tmp_path / "run"),
-            stream=LatentStream(uri=digits_uri, manifest=manifest, seed=0, lanes=lanes),
+            stream=LatentStream(digits_uri, manifest, seed=0),
             objective=FACMConfig() if teacher else FlowMatchingConfig(),
             train=TRAIN,
             teacher_uri=teacher_uri if teacher else None,
@@ -70,17 +70,11 @@ def plain_distillation(task: TrainingTask) -> dict[str, torch.Tensor]:
         [p for p in student.parameters() if p.requires_grad], betas=(0.9, 0.999), weight_decay=0
     )
     ema = PowerEMA(student, [0.2])
-    rows, lanes = TRAIN.global_batch_size, task.stream.lanes
-    readers = [
-        local_batches(task.stream, lane, 0, TRAIN.images // lanes, rows // lanes)
-        for lane in range(lanes)
-    ]
-    for step, parts in enumerate(zip(*readers, strict=True)):
-        x_1 = torch.cat([part.latents for part in parts])
-        labels = torch.cat([part.labels for part in parts])
+    rows = TRAIN.global_batch_size
+    for step, batch in enumerate(local_batches(task.stream, 0, TRAIN.images, rows)):
         seen = rows * (step + 1)
         generator = torch.Generator().manual_seed(step_seed(TRAIN.seed, rows * step))
-        loss = facm(student, x_1, labels, teacher, generator=generator).loss
+        loss = facm(student, batch.latents, batch.condition, teacher, generator=generator).loss
         adamw.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(student.parameters(), TRAIN.max_grad_norm)

@@ -19,7 +19,7 @@ def test_two_sharded_workers_equal_one_plain_process(
     make_task: MakeTask, reshard_after_forward: bool
 ) -> None:
     settings = replace(TRAIN, reshard_after_forward=reshard_after_forward)
-    task = make_task(lanes=2, train=settings)
+    task = make_task(train=settings)
     metrics = launch(task, WorkersConfig(count=2))
     assert metrics["skipped_steps"] == 0
     got = weights(task)
@@ -30,4 +30,4 @@ def test_two_sharded_workers_equal_one_plain_process(
 @pytest.mark.usefixtures("ray_cluster")
 def test_workers_that_do_not_fit_are_refused(make_task: MakeTask) -> None:
     with pytest.raises(InvalidInputError, match=r"workers.count = 8.*4.0 CPUs"):
-        launch(make_task(lanes=8), WorkersConfig(count=8, cpus=1))
+        launch(make_task(), WorkersConfig(count=8, cpus=1))

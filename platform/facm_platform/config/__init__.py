@@ -1,6 +1,6 @@
 """Recipes, overrides and the command line shared by every job."""
 
-from facm_platform.config.job import JobResult, Refused, run_job
+from facm_platform.config.job import JobResult, Refused, report, run_job
 from facm_platform.config.loader import as_dict, as_yaml, config_hash, find_recipe, load_config
 
 __all__ = [
@@ -11,5 +11,6 @@ __all__ = [
     "config_hash",
     "find_recipe",
     "load_config",
+    "report",
     "run_job",
 ]

@@ -15,10 +15,6 @@ from facm_platform.config.loader import as_yaml, load_config
 C = TypeVar("C")
 
 
-class Refused(Exception):
-    """Asked for rightly, and yet not done: the message says why."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class JobResult:
     """What a job leaves behind; printed as the last line of its standard output.
@@ -34,6 +30,19 @@ class JobResult:
     run_name: str
     artifact_uri: str
     metrics: dict[str, float] = field(default_factory=dict)
+
+
+class Refused(Exception):
+    """Asked for rightly, and yet not done: the message says why.
+
+    Args:
+        message: For the user.
+        result: What was found nevertheless.
+    """
+
+    def __init__(self, message: str, result: JobResult | None = None) -> None:
+        super().__init__(message)
+        self.result = result
 
 
 class Plan(Protocol):
@@ -61,7 +70,7 @@ def run_job(
         description: One paragraph for ``--help``.
 
     Returns:
-        Exit status: 0 done, 1 refused, 2 input that the user must mend (said on standard error).
+        Exit status, see `report`.
     """
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--recipe", metavar="NAME|FILE", help="a file of jobs/recipes, or a path")
@@ -69,21 +78,50 @@ def run_job(
     parser.add_argument("--dry-run", action="store_true", help="validate everything, start nothing")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="config overrides")
     arguments = parser.parse_args(argv)
-    try:
+
+    def work() -> JobResult | None:
         config = load_config(schema, arguments.recipe, arguments.overrides)
         if arguments.print_config:
             print(as_yaml(config), end="")
-            return 0
+            return None
         plan = prepare(config)
         if arguments.dry_run:
             print(plan.describe())
-            return 0
-        result = plan.execute()
-    except InvalidInputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+            return None
+        return plan.execute()
+
+    return report(work)
+
+
+def report(work: Callable[[], JobResult | None]) -> int:
+    """Do `work`; print its result, if it has one, as a line of JSON, or say what is wrong.
+
+    Returns:
+        Exit status: 0 done, 1 refused, 2 input that the user must mend (said on standard error).
+    """
+    status = 0
+    try:
+        result = work()
     except Refused as refusal:
         print(f"refused: {refusal}", file=sys.stderr)
-        return 1
-    print(json.dumps(asdict(result)), flush=True)
-    return 0
+        status, result = 1, refusal.result
+    except Exception as error:
+        to_mend = _input_error(error)
+        if to_mend is None:
+            raise
+        print(f"error: {to_mend}", file=sys.stderr)
+        return 2
+    if result is not None:
+        print(json.dumps(asdict(result)), flush=True)
+    return status
+
+
+def _input_error(error: BaseException | None) -> InvalidInputError | None:
+    """The `InvalidInputError` that `error` is, or that ended a Ray task, actor or worker."""
+    if error is None or isinstance(error, InvalidInputError):
+        return error
+    of_workers = getattr(error, "worker_failures", {}).values()
+    for inner in (getattr(error, "cause", None), error.__cause__, *of_workers):
+        if (found := _input_error(inner)) is not None:
+            return found
+    return None

@@ -15,13 +15,13 @@ import torch
 from ray.util import ActorPool
 from torch import Tensor
 
-from facm_core.autoencoders import load_autoencoder
 from facm_core.metrics import FrechetStatistics
 from facm_core.samplers import sample_consistency, sample_euler, sample_noise
 from facm_platform.evaluation.features import load_features
 from facm_platform.evaluation.protocol import Protocol, dequantise, quantise
 from facm_platform.evaluation.real import real_images
 from facm_platform.latents import LatentManifest
+from facm_platform.latents.autoencoder import autoencoder_of
 from facm_platform.registry import load_artifact
 
 BLOCK_SAMPLES = 500
@@ -97,7 +97,7 @@ class Evaluator:
             torch.set_num_threads(1)
         self._dtype = workload.protocol.dtype
         self._extractor = load_features(workload.features_uri).to(self._device, self._dtype)
-        self._autoencoder = load_autoencoder(workload.manifest.autoencoder_id)
+        self._autoencoder = autoencoder_of(workload.manifest)
         self._samplers: dict[str, Callable[[list[int], Tensor, int], Tensor]] = {}
 
     def reference(self) -> Measured:

@@ -144,7 +144,7 @@ def load_features(uri: str, field: str = "features_uri") -> FeatureExtractor:
         with local_copy(address) as folder:
             values = json.loads((folder / DESCRIPTION).read_text())
             weights = (folder / WEIGHTS).read_bytes()
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise _unusable(field, uri, f"{Path(str(error.filename or uri)).name} is missing") from None
     except ValueError as error:
         raise _unusable(field, uri, f"{DESCRIPTION} is not JSON ({error})") from error

@@ -1,45 +1,40 @@
-"""Images -> latent set: one Ray Data task for each part, the manifest last."""
+"""Images -> latent set."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
 import json
-import re
+from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import lru_cache, partial
-from typing import Any
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import pyarrow as pa
-import ray.data
 import torch
+from numpy.typing import NDArray
 
-from facm_core.autoencoders import Autoencoder, load_autoencoder
-from facm_core.errors import InvalidInputError, require, require_one_of
+from facm_core.errors import require, require_one_of
 from facm_platform import storage
-from facm_platform.cluster import connected
-from facm_platform.config import JobResult
 from facm_platform.config.sections import RunConfig
-from facm_platform.latents._ray_data import ordered_and_quiet
-from facm_platform.latents.images import ImageSource, image_source
-from facm_platform.latents.manifest import MANIFEST, LatentManifest, Part
-from facm_platform.latents.statistics import ChannelStatistics
-from facm_platform.latents.tables import DTYPES, to_table
-from facm_platform.latents.writer import ROW_GROUP_BYTES, PartLayout, part_name, write_part
-from facm_platform.tracking import (
-    check_run_name,
-    check_store,
-    connect_store,
-    embedded_root,
-    open_run,
+from facm_platform.latents.autoencoder import open_autoencoder
+from facm_platform.latents.build import BuildersConfig, BuildPlan, Piece, SetBuild
+from facm_platform.latents.images import (
+    BrokenImageError,
+    ImagesConfig,
+    ImageSource,
+    Sample,
+    image_source,
 )
+from facm_platform.latents.manifest import Quarantined
+from facm_platform.latents.tables import DTYPES, KEY, LABEL, LATENT, LATENT_FLIP, RowFormat
+from facm_platform.tracking import check_run_name, check_store, embedded_root
 
 # To be raised when equal configurations give other latents or another layout than before.
-_ENCODER_VERSION = 1
-
-_PART_NAME = re.compile(r"part-\d{5}\.parquet")
+_ENCODER_VERSION = 2
+_STORED = ("sample", "moments")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,268 +43,193 @@ class EncodeConfig:
 
     Attributes:
         run: Name and tracking.
-        source: Named image source, see `facm_platform.latents.images`.
+        source: The images, see `facm_platform.latents.images`.
         output_uri: Folder or ``s3://`` address of the latent set.
-        autoencoder: Named autoencoder, see `facm_core.autoencoders`.
+        autoencoder: ``identity``, or folder or file of the weights, see
+            `facm_core.autoencoders.load_autoencoder`.
+        stored: ``sample``: one draw of each latent, by its key and `seed`; ``moments``: mean and
+            log-variance, from which every epoch draws anew.
+        flip: Also store the latent of every mirrored image.
+        seed: Of the order of the images, and of samples.
         latent_dtype: ``float32`` or ``float16``, as stored.
-        part_rows: Rows of every part but the last; one task writes one part.
-        batch_size: Images the autoencoder sees at once; nothing but speed and memory.
+        part_rows: Images of a part, at most.
+        batch_size: Images the autoencoder sees at once, in bfloat16 on a GPU.
+        max_quarantined: Share of the images that may be broken; they are listed in the manifest.
+        workers: Who encodes.
         overwrite: Replace another set that lies at `output_uri`.
     """
 
     run: RunConfig
-    source: str = "digits"
+    source: ImagesConfig = field(default_factory=ImagesConfig)
     output_uri: str
     autoencoder: str = "identity"
+    stored: str = "sample"
+    flip: bool = False
+    seed: int = 0
     latent_dtype: str = "float32"
     part_rows: int = 16_384
     batch_size: int = 256
+    max_quarantined: float = 0.01
+    workers: BuildersConfig = field(default_factory=BuildersConfig)
     overwrite: bool = False
 
     def __post_init__(self) -> None:
         require_one_of("latent_dtype", self.latent_dtype, DTYPES)
+        require_one_of("stored", self.stored, _STORED)
         for name in ("part_rows", "batch_size"):
             value = getattr(self, name)
             require(value > 0, name, value, "not positive", "Give at least 1")
+        require(self.seed >= 0, "seed", self.seed, "negative", "Give 0 or more")
+        share = self.max_quarantined
+        require(0 <= share < 1, "max_quarantined", share, "not a share", "Give 0 ... 0.99")
 
 
-@dataclass(frozen=True, kw_only=True)
-class EncodePlan:
-    """A validated encoding.
-
-    Attributes:
-        config: As given.
-        output_uri: Absolute.
-        source: The images.
-        autoencoder: The map to latents.
-        existing: The set that lies there already, if any.
-    """
-
-    config: EncodeConfig
-    output_uri: str
-    source: ImageSource
-    autoencoder: Autoencoder
-    existing: LatentManifest | None
-
-    @property
-    def is_done(self) -> bool:
-        """Whether the set that lies there is the one asked for."""
-        return self.existing is not None and self.existing.encoding_sha256 == self._sha256
-
-    def describe(self) -> str:
-        """What `execute` would do, in a line."""
-        if self.is_done:
-            return f"{self.output_uri} holds this latent set already: nothing to do"
-        parts = -(-self.source.rows // self.config.part_rows)
-        replaced = "" if self.existing is None else ", replacing the set there"
-        return (
-            f"encode {self.source.rows} images of {self.source.id} by {self.autoencoder.id} to "
-            f"latents {self._layout.shape} {self._layout.dtype} in {parts} part(s) at "
-            f"{self.output_uri}{replaced}"
-        )
-
-    def execute(self) -> JobResult:
-        """Write the set, unless it is there already; either way under an MLflow run."""
-        print(self.describe(), flush=True)
-        run = self.config.run
-        store = connect_store(run.tracking, embedded_root(run.storage_uri))
-        with open_run(store, run.name, job="encode", config=self.config) as tracked:
-            manifest = self.existing if self.is_done else None
-            manifest = manifest or self._encode()
-            metrics = {"rows": float(manifest.rows), "parts": float(len(manifest.parts))}
-            tracked.log_metrics(metrics, images_seen=manifest.rows)
-            tracked.set_tags({"manifest_sha256": manifest.sha256})
-            tracked.log_text(storage.read_text(storage.join(self.output_uri, MANIFEST)), MANIFEST)
-        return JobResult(
-            run_id=tracked.run_id,
-            run_name=run.name,
-            artifact_uri=self.output_uri,
-            metrics=metrics,
-        )
-
-    def _encode(self) -> LatentManifest:
-        self._clear()
-        parts: list[Part] = []
-        statistics = ChannelStatistics.empty(self._layout.shape[0])
-        with connected():
-            for part, part_statistics in self._encoded_parts():
-                parts.append(part)
-                statistics = statistics.merge(part_statistics)
-                print(f"{sum(p.rows for p in parts)} of {self.source.rows} images", flush=True)
-        manifest = LatentManifest(
-            rows=sum(part.rows for part in parts),
-            latent_shape=self._layout.shape,
-            latent_dtype=self._layout.dtype,
-            num_classes=self._layout.num_classes,
-            mean=tuple(statistics.mean.tolist()),
-            std=tuple(statistics.std().tolist()),
-            autoencoder_id=self.autoencoder.id,
-            autoencoder_sha256=self.autoencoder.sha256,
-            parts=tuple(parts),
-            encoding_sha256=self._sha256,
-            created_by=f"facm-platform encode {_ENCODER_VERSION}, pyarrow {pa.__version__}",
-        )
-        require(
-            manifest.rows == self.source.rows,
-            "source",
-            self.source.id,
-            f"{manifest.rows} of its {self.source.rows} images were encoded",
-            "Run the encoding again",
-        )
-        manifest.save(self.output_uri)
-        return manifest
-
-    def _encoded_parts(self) -> Iterator[tuple[Part, ChannelStatistics]]:
-        """Every part in order, each encoded and written by one Ray Data task."""
-        rows, step = self.source.rows, self.config.part_rows
-        todo = [
-            {"index": index, "start": start, "stop": min(start + step, rows)}
-            for index, start in enumerate(range(0, rows, step))
-        ]
-        encode_part = partial(
-            _encode_part,
-            source=self.source.id,
-            autoencoder=self.autoencoder.id,
-            batch_size=self.config.batch_size,
-            uri=self.output_uri,
-            layout=self._layout,
-        )
-        dataset = ray.data.from_items(todo, override_num_blocks=len(todo)).map(encode_part)
-        for row in ordered_and_quiet(dataset).iter_rows():
-            yield _unpacked(json.loads(row["result"]))
-
-    def _clear(self) -> None:
-        """Take away the set that is replaced, or what an interrupted encoding left.
-
-        The manifest goes first: from then on there is no set, rather than half of one.
-        """
-        storage.delete_file(storage.join(self.output_uri, MANIFEST))
-        for name in storage.list_files(self.output_uri):
-            if _PART_NAME.fullmatch(name):
-                storage.delete_file(storage.join(self.output_uri, name))
-
-    @property
-    def _layout(self) -> PartLayout:
-        return PartLayout(
-            shape=self.autoencoder.latent_shape(self.source.image_shape),
-            dtype=self.config.latent_dtype,
-            num_classes=self.source.num_classes,
-            row_group_bytes=ROW_GROUP_BYTES,
-        )
-
-    @property
-    def _sha256(self) -> str:
-        determining = {
-            "encoder": _ENCODER_VERSION,
-            "source": [self.source.id, self.source.sha256],
-            "autoencoder": [self.autoencoder.id, self.autoencoder.sha256],
-            "part_rows": self.config.part_rows,
-            "layout": dataclasses.asdict(self._layout),
-        }
-        return hashlib.sha256(json.dumps(determining, sort_keys=True).encode()).hexdigest()
-
-
-def prepare(config: EncodeConfig) -> EncodePlan:
+def prepare(config: EncodeConfig) -> BuildPlan:
     """Check everything that can be checked without a cluster.
 
     Raises:
-        InvalidInputError: unknown source or autoencoder, an output that cannot be reached, that
-            holds another set (unless `overwrite`) or files that are no latent set.
+        InvalidInputError: images or autoencoder that cannot be read, or do not fit each other; an
+            output that cannot be reached, that holds another set (unless `overwrite`) or files
+            that are no latent set.
     """
     check_run_name("run.name", config.run.name)
     check_store(config.run.tracking, embedded_root(config.run.storage_uri))
     output_uri = storage.absolute(config.output_uri, "output_uri")
     source = image_source(config.source)
-    autoencoder = load_autoencoder(config.autoencoder)
-    storage.check_reachable(output_uri, "output_uri")
-    plan = EncodePlan(
-        config=config,
-        output_uri=output_uri,
-        source=source,
-        autoencoder=autoencoder,
-        existing=_existing(output_uri, config.overwrite),
-    )
+    autoencoder = open_autoencoder(config.autoencoder)
     require(
-        plan.existing is None or plan.is_done or config.overwrite,
-        "output_uri",
-        config.output_uri,
-        "another latent set lies there, made from another source or in another way",
-        "Choose another folder, or give overwrite=true",
+        autoencoder.stochastic or config.stored != "moments",
+        "stored",
+        config.stored,
+        f"the autoencoder {config.autoencoder} has no log-variance",
+        "Use stored=sample",
     )
-    return plan
-
-
-def _existing(uri: str, overwrite: bool) -> LatentManifest | None:
-    names = storage.list_files(uri)
-    if MANIFEST in names:
-        try:
-            return LatentManifest.load(uri, "output_uri")
-        except InvalidInputError:
-            # Damaged, and to be replaced anyway.
-            if overwrite:
-                return None
-            raise
-    foreign = [name for name in names if not _PART_NAME.fullmatch(name) and name[0] != "."]
-    require(
-        not foreign,
-        "output_uri",
-        uri,
-        f"the folder holds files of something else ({', '.join(sorted(foreign)[:3])})",
-        "Choose an empty folder",
+    format = RowFormat(
+        latent_shape=autoencoder.latent_shape(source.image_shape),
+        latent_dtype=config.latent_dtype,
+        moments=config.stored == "moments",
+        flip=config.flip,
+        num_classes=source.num_classes,
     )
-    return None
-
-
-def _encode_part(
-    row: dict[str, Any],
-    source: str,
-    autoencoder: str,
-    batch_size: int,
-    uri: str,
-    layout: PartLayout,
-) -> dict[str, Any]:
-    """Encode and write the images [start, stop) of `row`; runs in a Ray worker."""
-    tables = _encoded(
-        _cached_source(source),
-        _cached_autoencoder(autoencoder),
-        range(row["start"], row["stop"]),
-        batch_size,
-        layout,
-    )
-    part, statistics = write_part(uri, part_name(row["index"]), tables, layout)
-    return {"result": json.dumps(_packed(part, statistics))}
-
-
-def _encoded(
-    source: ImageSource,
-    autoencoder: Autoencoder,
-    images: range,
-    batch_size: int,
-    layout: PartLayout,
-) -> Iterator[pa.Table]:
-    for batch in source.batches(images.start, images.stop, batch_size):
-        with torch.inference_mode():
-            latents = autoencoder.encode(torch.from_numpy(batch.images)).numpy()
-        yield to_table(latents.astype(np.dtype(layout.dtype)), batch.labels, batch.keys)
-
-
-# Once per worker process, not once per part.
-_cached_source = lru_cache(maxsize=1)(image_source)
-_cached_autoencoder = lru_cache(maxsize=1)(load_autoencoder)
-
-
-def _packed(part: Part, statistics: ChannelStatistics) -> dict[str, Any]:
-    return {
-        "part": dataclasses.asdict(part),
-        "count": statistics.count,
-        "mean": statistics.mean.tolist(),
-        "m2": statistics.m2.tolist(),
+    determining = {
+        "encoder": _ENCODER_VERSION,
+        "source": source.id,
+        "autoencoder": autoencoder.sha256,
+        "format": dataclasses.asdict(format),
+        **{name: getattr(config, name) for name in ("seed", "part_rows", "batch_size")},
     }
-
-
-def _unpacked(values: dict[str, Any]) -> tuple[Part, ChannelStatistics]:
-    part = values["part"] | {"row_groups": tuple(values["part"]["row_groups"])}
-    statistics = ChannelStatistics(
-        count=values["count"], mean=np.array(values["mean"]), m2=np.array(values["m2"])
+    build = SetBuild(
+        uri=output_uri,
+        format=format,
+        sha256=hashlib.sha256(json.dumps(determining, sort_keys=True).encode()).hexdigest(),
+        pieces=partial(source.pieces, config.part_rows, config.seed),
+        reader=partial(ImageReader, config, source, format, autoencoder.sha256),
+        workers=config.workers,
+        manifest={
+            "autoencoder_id": autoencoder.id,
+            "autoencoder_sha256": autoencoder.sha256,
+            "class_names": source.class_names,
+            "created_by": f"facm-platform encode {_ENCODER_VERSION}, pyarrow {pa.__version__}",
+        },
+        max_quarantined=config.max_quarantined,
+        overwrite=config.overwrite,
     )
-    return Part(**part), statistics
+    return BuildPlan(
+        job="encode",
+        config=config,
+        run=config.run,
+        build=build,
+        what=f"{source.id} by {autoencoder.id}",
+        made=build.finished(),
+    )
+
+
+class ImageReader:
+    """Encodes images; one for each worker process.
+
+    Args:
+        config: The job's.
+        source: The images.
+        format: Of the set.
+        autoencoder_sha256: The hash that the job saw.
+    """
+
+    def __init__(
+        self,
+        config: EncodeConfig,
+        source: ImageSource,
+        format: RowFormat,
+        autoencoder_sha256: str,
+    ) -> None:
+        self._config, self._source, self._format = config, source, format
+        self._device = torch.device("cuda" if config.workers.gpu else "cpu")
+        autoencoder = open_autoencoder(config.autoencoder, autoencoder_sha256)
+        dtype = torch.bfloat16 if config.workers.gpu else torch.float32
+        self._autoencoder = autoencoder.to(self._device, dtype)
+        torch.set_num_threads(config.workers.cpus)
+
+    def rows(self, piece: Piece) -> Iterator[pa.Table | Quarantined]:
+        """The latents of the images of `piece`, and the images that are broken."""
+        batch: list[tuple[Sample, NDArray[np.float32]]] = []
+        for sample, image in self._loaded(self._source.samples(piece)):
+            if isinstance(image, BrokenImageError):
+                yield Quarantined(key=sample.key, reason=str(image))
+                continue
+            batch.append((sample, image))
+            if len(batch) == self._config.batch_size:
+                yield self._encoded(batch)
+                batch = []
+        if batch:
+            yield self._encoded(batch)
+
+    def _loaded(
+        self, samples: Iterator[Sample]
+    ) -> Iterator[tuple[Sample, NDArray[np.float32] | BrokenImageError]]:
+        """Every sample with its image, in order; a batch of them is being decoded ahead."""
+        coming: deque[tuple[Sample, Future[NDArray[np.float32] | BrokenImageError]]] = deque()
+        with ThreadPoolExecutor(self._config.workers.cpus) as threads:
+            for sample in samples:
+                coming.append((sample, threads.submit(_load, sample)))
+                if len(coming) > self._config.batch_size:
+                    ready, image = coming.popleft()
+                    yield ready, image.result()
+            for ready, image in coming:
+                yield ready, image.result()
+
+    def _encoded(self, batch: list[tuple[Sample, NDArray[np.float32]]]) -> pa.Table:
+        images = torch.from_numpy(np.stack([image for _, image in batch])).to(self._device)
+        keys = [sample.key for sample, _ in batch]
+        values = {
+            KEY: keys,
+            LABEL: [sample.label for sample, _ in batch],
+            LATENT: self._latents(images, keys),
+        }
+        if self._format.flip:
+            values[LATENT_FLIP] = self._latents(images.flip(-1), [f"{key}|flip" for key in keys])
+        return self._format.table(values)
+
+    def _latents(self, images: torch.Tensor, keys: list[str]) -> NDArray[np.float32]:
+        moments = self._autoencoder.encode(images)
+        if moments.log_variance is None:
+            stored = moments.mean
+        elif self._format.moments:
+            stored = torch.cat([moments.mean, moments.log_variance], 1)
+        else:
+            shape = self._format.latent_shape
+            noise = np.stack([_noise(self._config.seed, key, shape) for key in keys])
+            stored = moments.sample(torch.from_numpy(noise).to(self._device))
+        return stored.cpu().numpy()
+
+
+def _load(sample: Sample) -> NDArray[np.float32] | BrokenImageError:
+    try:
+        return sample.load()
+    except BrokenImageError as error:
+        return error
+
+
+def _noise(seed: int, key: str, shape: tuple[int, ...]) -> NDArray[np.float32]:
+    """Noise of one key, whatever else is encoded with it."""
+    words = np.frombuffer(hashlib.sha256(key.encode()).digest(), np.uint32)
+    random = np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, *map(int, words)])))
+    return random.standard_normal(shape, np.float32)

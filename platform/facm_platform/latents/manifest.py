@@ -6,16 +6,16 @@ import dataclasses
 import hashlib
 import json
 import math
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from facm_core.errors import InvalidInputError, require, require_one_of
+from facm_core.errors import InvalidInputError, require
 from facm_platform import storage
-from facm_platform.latents.tables import COLUMNS, DTYPES, LatentShape
+from facm_platform.latents.statistics import ChannelStatistics
+from facm_platform.latents.tables import RowFormat
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -55,56 +55,96 @@ class Part:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LatentManifest:
+class Quarantined:
+    """An input that is not in the set.
+
+    Attributes:
+        key: Where it comes from.
+        reason: What is wrong with it.
+    """
+
+    key: str
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentManifest(RowFormat):
     """The contents of a latent set, and how to normalise them.
 
     Attributes:
         rows: Rows over all parts.
-        latent_shape: (C, H, W) of one latent.
-        latent_dtype: ``float32`` or ``float16``, as stored.
-        num_classes: Labels are in [0, num_classes).
-        mean: Per channel, over every row, of the stored values.
-        std: Population standard deviation per channel, over every row.
-        autoencoder_id: Name for `facm_core.autoencoders.load_autoencoder`.
+        mean: Per channel, over every row (and its mirror image, where there is one), of the
+            latents as a network sees them.
+        std: Population standard deviation per channel, over the same.
+        autoencoder_id: ``identity`` or the address of the weights.
         autoencoder_sha256: Hash of that autoencoder.
-        columns: Columns of every part.
         parts: In the order of the rows.
         encoding_sha256: Hash of all that determines the contents; equal ones need no new encoding.
         created_by: Tool and version.
+        class_names: Meaning of the labels, where it is known.
+        quarantined: Inputs that could not be read.
     """
 
     schema_version: int = SCHEMA_VERSION
     rows: int
-    latent_shape: LatentShape
-    latent_dtype: str
-    num_classes: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
     autoencoder_id: str
     autoencoder_sha256: str
-    columns: tuple[str, ...] = COLUMNS
     parts: tuple[Part, ...]
     encoding_sha256: str
     created_by: str
+    class_names: tuple[str, ...] = ()
+    quarantined: tuple[Quarantined, ...] = ()
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         part_rows = sum(part.rows for part in self.parts)
         names = [part.name for part in self.parts]
         channels = self.latent_shape[:1]
         for holds, name, problem in (
-            (len(self.latent_shape) == 3, "latent_shape", "not of the form (C, H, W)"),
             (self.rows > 0, "rows", "the set has no rows"),
             (self.rows == part_rows, "rows", f"the parts hold {part_rows} rows"),
             (len(set(names)) == len(names), "parts", "a part is listed twice"),
-            (self.num_classes > 0, "num_classes", "not positive"),
             ((len(self.mean),) == channels, "mean", "not one number for each channel"),
             ((len(self.std),) == channels, "std", "not one number for each channel"),
             (all(map(math.isfinite, self.mean)), "mean", "not finite"),
             (all(math.isfinite(s) and s > 0 for s in self.std), "std", "not finite and positive"),
-            (set(COLUMNS) <= set(self.columns), "columns", f"lacks one of {', '.join(COLUMNS)}"),
+            (
+                len(self.class_names) in (0, self.num_classes),
+                "class_names",
+                f"not one for each of num_classes = {self.num_classes}",
+            ),
         ):
             require(holds, name, getattr(self, name), problem, _RESTORE)
-        require_one_of("latent_dtype", self.latent_dtype, DTYPES)
+
+    @property
+    def row_format(self) -> RowFormat:
+        """The columns of every part."""
+        return RowFormat(**{f.name: getattr(self, f.name) for f in dataclasses.fields(RowFormat)})
+
+    @staticmethod
+    def of(
+        format: RowFormat,
+        made: Iterable[tuple[Part, ChannelStatistics]],
+        **fields: Any,
+    ) -> LatentManifest:
+        """The manifest of the given parts, whose statistics are merged; other fields are given."""
+        parts = []
+        statistics = ChannelStatistics.empty(format.latent_shape[0])
+        for part, of_part in made:
+            parts.append(part)
+            statistics = statistics.merge(of_part)
+        computed: dict[str, Any] = {
+            "rows": sum(part.rows for part in parts),
+            "mean": tuple(statistics.mean.tolist()),
+            "std": tuple(statistics.std().tolist()),
+        }
+        return LatentManifest(
+            **{f.name: getattr(format, f.name) for f in dataclasses.fields(RowFormat)},
+            **computed | fields,
+            parts=tuple(parts),
+        )
 
     @staticmethod
     def load(uri: str, field: str = "data.uri") -> LatentManifest:
@@ -125,12 +165,24 @@ class LatentManifest:
                 else f"has {found} bytes where the manifest says {part.bytes}"
             )
             require(found == part.bytes, field, uri, f"the part {part.name} {problem}", _RESTORE)
+        extra = sorted(filter(is_part, sizes.keys() - {part.name for part in manifest.parts}))
+        require(
+            not extra,
+            field,
+            uri,
+            f"{', '.join(extra[:3])}: {len(extra)} part(s) that the manifest does not know",
+            "Remove them, or restore the manifest they belong to",
+        )
         return manifest
 
     def save(self, uri: str) -> None:
-        """Write the manifest, atomically. To be called last: it is what makes the set exist."""
+        """Write the manifest, atomically. To be called last: it is what makes the set exist.
+
+        Raises:
+            FileExistsError: a manifest is there already, perhaps written in the same moment.
+        """
         text = json.dumps(dataclasses.asdict(self), indent=1, sort_keys=True, allow_nan=False)
-        storage.write_bytes(storage.join(uri, MANIFEST), f"{text}\n".encode())
+        storage.create_bytes(storage.join(uri, MANIFEST), f"{text}\n".encode())
 
     @cached_property
     def sha256(self) -> str:
@@ -139,31 +191,33 @@ class LatentManifest:
         canonical = json.dumps(values, sort_keys=True, separators=(",", ":"), allow_nan=False)
         return hashlib.sha256(canonical.encode()).hexdigest()
 
-    @overload
-    def normalise(self, latents: Tensor) -> Tensor: ...
-    @overload
-    def normalise(self, latents: NDArray[np.floating[Any]]) -> NDArray[np.float32]: ...
-    def normalise(self, latents: Any) -> Any:
-        """(latents - mean) / std per channel, for (B, C, H, W); float32, of the kind given."""
+    def normalise(self, latents: Tensor) -> Tensor:
+        """(latents - mean) / std per channel, for (B, C, H, W) of any float type; float32."""
         values, mean, std = self._prepared(latents)
-        return (values - mean) / std
+        return values.sub_(mean).div_(std)
 
-    @overload
-    def denormalise(self, latents: Tensor) -> Tensor: ...
-    @overload
-    def denormalise(self, latents: NDArray[np.floating[Any]]) -> NDArray[np.float32]: ...
-    def denormalise(self, latents: Any) -> Any:
-        """latents * std + mean per channel, for (B, C, H, W); float32, of the kind given."""
+    def denormalise(self, latents: Tensor) -> Tensor:
+        """latents * std + mean per channel, for (B, C, H, W) of any float type; float32."""
         values, mean, std = self._prepared(latents)
-        return values * std + mean
+        return values.mul_(std).add_(mean)
 
-    def _prepared(self, latents: Any) -> tuple[Any, Any, Any]:
-        mean = np.array(self.mean, np.float32)[:, None, None]
-        std = np.array(self.std, np.float32)[:, None, None]
-        if isinstance(latents, np.ndarray):
-            return latents.astype(np.float32, copy=False), mean, std
-        values = latents.float()
-        return values, values.new_tensor(mean), values.new_tensor(std)
+    def _prepared(self, latents: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """A float32 copy to be changed in place (memory is slower than arithmetic), mean, std."""
+        import torch  # seconds, which processes that only read rows need not spend
+
+        values = latents.to(torch.float32, copy=True)
+        mean, std = (values.new_tensor(each)[:, None, None] for each in (self.mean, self.std))
+        return values, mean, std
+
+
+def part_name(index: int) -> str:
+    """File name of part number `index`."""
+    return f"part-{index:05d}.parquet"
+
+
+def is_part(name: str) -> bool:
+    """Whether a file of that name is a part of a set."""
+    return re.fullmatch(r"part-\d{5,}\.parquet", name) is not None
 
 
 def _read(uri: str, field: str) -> Any:
@@ -192,7 +246,8 @@ def _parse(values: Any, manifest_uri: str, field: str) -> LatentManifest:
     )
     try:
         parts = tuple(Part(**_frozen(part)) for part in values.pop("parts"))
-        return LatentManifest(parts=parts, **_frozen(values))
+        quarantined = tuple(Quarantined(**entry) for entry in values.pop("quarantined"))
+        return LatentManifest(parts=parts, quarantined=quarantined, **_frozen(values))
     except InvalidInputError as error:
         problem = f"{error.field} = {error.value!r}: {error.problem}"
         raise InvalidInputError(field, manifest_uri, problem, error.remedy) from None

@@ -1,26 +1,30 @@
-"""Batches through Ray Data: the same as `local_batches`, bit for bit, but read ahead elsewhere.
+"""Batches through Ray Data: the same as `local_batches`, but read ahead elsewhere, and once.
 
-Each training worker drives a small data set over its own lane, so that lanes are disjoint by
-construction and every worker starts again by itself at the row where it stopped.
+One data set is read for all workers. `streaming_split` deals its blocks out in turn; a block is a
+worker's share of a read task, so that turn falls to the worker whose share it is. Each worker
+makes sure of that: a share carries the number of its first row.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 from itertools import islice
+from typing import cast
 
 import pyarrow as pa
 import ray.data
-from ray.data import Datasource, ReadTask
+import torch
+from ray.data import DataIterator, Datasource, ReadTask
 from ray.data.block import BlockMetadata
 
+from facm_core.errors import require
 from facm_platform.latents._ray_data import ordered_and_quiet
-from facm_platform.latents.batches import Batch, batches, local_batches
+from facm_platform.latents.batches import Batch, batches_of
 from facm_platform.latents.stream import LatentStream, StreamTask, read
-from facm_platform.latents.tables import row_bytes, schema
-
-__all__ = ["Batch", "local_batches", "ray_batches"]
+from facm_platform.latents.tables import packed, unpacked
 
 READ_TASK_CPUS = 0.25
 READ_TASKS_AT_ONCE = 2
@@ -28,34 +32,141 @@ READ_AHEAD_BYTES = 512 << 20
 
 # Bounds the plan that Ray Data keeps in memory: a longer stream becomes several executions.
 _TASKS_PER_EXECUTION = 1024
+_NUMBER = "number"
+
+Make = Callable[[], list[DataIterator]]
+
+
+@dataclass(frozen=True)
+class Worker:
+    """One of those who read the same stretch of a stream together.
+
+    Attributes:
+        rank: In [0, count).
+        count: How many there are.
+        from_rank_zero: Runs its argument on rank 0 and gives every rank the result.
+    """
+
+    rank: int
+    count: int
+    from_rank_zero: Callable[[Make], list[DataIterator]]
 
 
 def ray_batches(
-    stream: LatentStream, lane: int, start_row: int, stop_row: int, batch_rows: int
+    stream: LatentStream, worker: Worker, start_row: int, stop_row: int, batch_rows: int
 ) -> Iterator[Batch]:
-    """The rows [start_row, stop_row) of a lane in batches of exactly `batch_rows`, read by Ray.
+    """This worker's rows of each batch of `batch_rows`, read by Ray; a collective of all workers.
 
-    Batches run across the ends of epochs. To be called where Ray is initialised; the cluster must
-    have 0.25 CPU to spare beside the training workers, or the first batch never comes.
+    Worker w of W gets the rows start_row ... stop_row - 1 whose number is w modulo W. To be called
+    where Ray is initialised; the cluster must have 0.25 CPU to spare beside the training workers,
+    or the first batch never comes.
 
     Raises:
-        InvalidInputError: the rows are no whole number of batches; a part is damaged.
+        InvalidInputError: the rows are no whole number of batches, or a batch no whole number of
+            shares; a part is damaged.
     """
-    return batches(_read_with_ray, stream, lane, start_row, stop_row, batch_rows)
+    for field, value, divisor in (
+        ("batch_rows", batch_rows, worker.count),
+        ("stop_row", stop_row - start_row, batch_rows),
+    ):
+        require(
+            value > 0 and value % divisor == 0,
+            field,
+            value,
+            f"no positive multiple of {divisor}",
+            "Give each worker the same whole number of rows of whole batches",
+        )
+    return _batches(stream, worker, start_row, stop_row, batch_rows)
+
+
+def _batches(
+    stream: LatentStream, worker: Worker, start_row: int, stop_row: int, batch_rows: int
+) -> Iterator[Batch]:
+    share = batch_rows // worker.count
+    for tasks in _executions(stream, start_row, stop_row, batch_rows):
+        batches = batches_of(stream.manifest, _shares(tasks, worker), share)
+        if torch.cuda.is_available():
+            batches = map(Batch.pinned, batches)
+        yield from _one_ahead(batches)
+
+
+def _executions(
+    stream: LatentStream, start_row: int, stop_row: int, batch_rows: int
+) -> Iterator[list[StreamTask]]:
+    """The tasks of a stretch, some at a time; each time whole batches."""
+    row = start_row
+    while row < stop_row:
+        tasks = list(islice(stream.tasks(row, stop_row), _TASKS_PER_EXECUTION))
+        stop = tasks[-1].number + tasks[-1].rows
+        if stop < stop_row:
+            stop = max(row + batch_rows, stop - (stop - row) % batch_rows)
+            tasks = list(stream.tasks(row, stop))
+        yield tasks
+        row = stop
+
+
+def _shares(tasks: list[StreamTask], worker: Worker) -> Iterator[pa.Table]:
+    """What this worker is dealt of `tasks`, in order."""
+    iterators = worker.from_rank_zero(partial(_split, tasks, worker.count))
+    schema = tasks[0].format.drawn().schema
+    expected = tasks[0].number + (worker.rank - tasks[0].number) % worker.count
+    for share in _blocks(iterators[worker.rank]):
+        number, table = share.column(_NUMBER)[0].as_py(), unpacked(share, schema)
+        if number != expected:
+            raise RuntimeError(f"Ray Data dealt row {number} to a worker that waits for {expected}")
+        expected += len(table) * worker.count
+        yield table
+
+
+def _blocks(iterator: DataIterator) -> Iterable[pa.Table]:
+    return iterator.iter_batches(
+        batch_size=cast(int, None),  # as they come
+        batch_format="pyarrow",
+        prefetch_batches=1,
+    )
+
+
+def _split(tasks: list[StreamTask], workers: int) -> list[DataIterator]:
+    """The iterators of all workers over one data set."""
+    dataset = ray.data.read_datasource(
+        _StreamDatasource(tasks, workers),
+        num_cpus=READ_TASK_CPUS,
+        concurrency=min(READ_TASKS_AT_ONCE, len(tasks)),
+        override_num_blocks=len(tasks),
+    )
+    options = dataset.context.execution_options
+    # Without a limit it takes a quarter of the object store, however slowly the rows are used.
+    options.resource_limits = ray.data.ExecutionResources.for_limits(
+        object_store_memory=READ_AHEAD_BYTES
+    )
+    # A share is a row, and a block of its own: nothing is to be joined or cut on the way.
+    dataset.context.target_max_block_size = 1
+    dataset = ordered_and_quiet(dataset)
+    # One worker needs nobody to deal, which would be an actor to wait for.
+    return dataset.streaming_split(workers, equal=True) if workers > 1 else [dataset.iterator()]
 
 
 class _StreamDatasource(Datasource):
-    """One Ray Data read task for each task of a stream, in order."""
+    """One Ray Data read task for each task of a stream, in order; a row is a worker's share."""
 
-    def __init__(self, tasks: list[StreamTask]) -> None:
+    def __init__(self, tasks: list[StreamTask], workers: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._tasks = tasks
+        self._bytes = sum(_bytes(task) for task in tasks)
+        self._read_tasks = [
+            ReadTask(
+                partial(_dealt, task, workers),
+                BlockMetadata(
+                    num_rows=workers, size_bytes=_bytes(task), input_files=None, exec_stats=None
+                ),
+            )
+            for task in tasks
+        ]
 
     def get_name(self) -> str:
         return "LatentStream"
 
     def estimate_inmemory_data_size(self) -> int:
-        return sum(_bytes(task) for task in self._tasks)
+        return self._bytes
 
     def get_read_tasks(
         self,
@@ -63,38 +174,23 @@ class _StreamDatasource(Datasource):
         per_task_row_limit: int | None = None,
         data_context: ray.data.DataContext | None = None,
     ) -> list[ReadTask]:
-        return [
-            ReadTask(
-                partial(read, task),
-                BlockMetadata(
-                    num_rows=task.rows, size_bytes=_bytes(task), input_files=None, exec_stats=None
-                ),
-                schema=schema(task.latent_shape, task.latent_dtype),
-                per_task_row_limit=per_task_row_limit,
-            )
-            for task in self._tasks
-        ]
+        return self._read_tasks
 
 
 def _bytes(task: StreamTask) -> int:
-    return task.rows * row_bytes(task.latent_shape, task.latent_dtype)
+    return task.rows * task.format.drawn().row_bytes
 
 
-def _read_with_ray(tasks: Iterator[StreamTask]) -> Iterator[pa.Table]:
-    while portion := list(islice(tasks, _TASKS_PER_EXECUTION)):
-        yield from _dataset(portion).iter_batches(
-            batch_size=None, batch_format="pyarrow", prefetch_batches=1
-        )
+def _dealt(task: StreamTask, workers: int) -> Iterator[pa.Table]:
+    for worker, table in enumerate(read(task, workers)):
+        number = task.number + (worker - task.number) % workers
+        yield packed(table).append_column(_NUMBER, pa.array([number]))
 
 
-def _dataset(tasks: list[StreamTask]) -> ray.data.Dataset:
-    dataset = ray.data.read_datasource(
-        _StreamDatasource(tasks),
-        num_cpus=READ_TASK_CPUS,
-        concurrency=min(READ_TASKS_AT_ONCE, len(tasks)),
-        override_num_blocks=len(tasks),
-    )
-    # Without a limit it takes a quarter of the object store, however slowly the rows are used.
-    limits = ray.data.ExecutionResources.for_limits(object_store_memory=READ_AHEAD_BYTES)
-    dataset.context.execution_options.resource_limits = limits
-    return ordered_and_quiet(dataset)
+def _one_ahead(batches: Iterator[Batch]) -> Iterator[Batch]:
+    """The same, each made while the one before is in use."""
+    with ThreadPoolExecutor(1) as thread:
+        coming = thread.submit(next, batches, None)
+        while (batch := coming.result()) is not None:
+            coming = thread.submit(next, batches, None)
+            yield batch

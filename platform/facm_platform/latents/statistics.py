@@ -32,15 +32,24 @@ class ChannelStatistics:
         return ChannelStatistics(count=0, mean=np.zeros(channels), m2=np.zeros(channels))
 
     @staticmethod
-    def of(latents: NDArray[np.generic]) -> ChannelStatistics:
-        """Of latents (B, C, H, W), of any float type, B > 0."""
+    def of(latents: NDArray[np.generic], moments: bool = False) -> ChannelStatistics:
+        """Of latents (B, C, H, W), of any float type, B > 0.
+
+        Args:
+            latents: Latents; or, for `moments`, their means and log-variances (B, 2C, H, W).
+            moments: The expectation over all draws, by the law of total variance.
+        """
         values = latents.astype(np.float64)
+        within: Float64 | float = 0.0
+        if moments:
+            values, log_variance = np.split(values, 2, axis=1)
+            within = np.exp(log_variance).sum(axis=(0, 2, 3))
         mean = values.mean(axis=(0, 2, 3))
         deviations = values - mean[:, None, None]
         # The second term is what rounding left in the mean (Chan, Golub and LeVeque 1983).
         residue = deviations.sum(axis=(0, 2, 3))
         count = values.size // values.shape[1]
-        m2 = np.square(deviations).sum(axis=(0, 2, 3)) - residue**2 / count
+        m2 = np.square(deviations).sum(axis=(0, 2, 3)) - residue**2 / count + within
         return ChannelStatistics(count=count, mean=mean, m2=m2)
 
     def merge(self, other: ChannelStatistics) -> ChannelStatistics:

@@ -1,22 +1,25 @@
 """The endless, seeded order of a latent set, and how to read any stretch of it. No Ray in here.
 
-One epoch: the row groups in a random order, and inside each row group its rows in a random order.
-That sequence of N rows is cut into V lanes, lane v being its rows [v*N//V, (v+1)*N//V); so every
-row occurs exactly once per epoch over all lanes. A lane is the endless concatenation of its pieces
-of epochs 0, 1, 2, ...; each piece is cut into windows whose rows are shuffled once more.
+One epoch: storage is divided into a few strata of equal size; a window holds one row group of each,
+drawn at random, and shuffles their rows. So whatever the storage was sorted by, every window is
+drawn from all over it, and every row group is read whole and once.
 
-All randomness is drawn from (seed, epoch, what is permuted), so any row of any lane can be found
-without reading what comes before it: resuming is starting at another row. What is held in memory
-is one number per row group and one window of rows, whatever the size of the set.
+Rows are numbered through the windows, epoch after epoch, from 0 without end. That order depends on
+the seed only. Of the row numbers, worker w of W is dealt w, w + W, w + 2W, ...: every row occurs
+once per epoch over all workers, the k-th batch of all workers together holds the same rows for
+any number of them, and resuming is starting at another row, with the same workers or with others.
+
+All randomness is drawn from (seed, epoch, what is permuted), so any row can be found without
+reading what comes before it. What is held in memory is one number per row group and one window of
+rows, whatever the size of the set.
 """
 
 from __future__ import annotations
 
-import math
-from collections import OrderedDict
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 import pyarrow as pa
@@ -25,106 +28,96 @@ from numpy.typing import NDArray
 
 from facm_core.errors import InvalidInputError, require
 from facm_platform import storage
+from facm_platform.latents.draw import latents_drawn
 from facm_platform.latents.manifest import LatentManifest
-from facm_platform.latents.tables import (
-    COLUMNS,
-    KEY,
-    LatentShape,
-    labels_of,
-    latents_of,
-    row_bytes,
-    schema,
-    to_table,
-)
+from facm_platform.latents.tables import KEY, LABEL, LATENT, RowFormat, values_of
 
-WINDOW_BYTES = 64 << 20
+WINDOW_GROUPS = 8
 TASK_BYTES = 16 << 20
 
-# What a random permutation is of; the first number of its seed.
-_GROUPS, _ROWS, _WINDOW = 0, 1, 2
+# How many orders of an epoch's row groups are drawn; the one that is correlated least with the
+# order in storage is taken, which chance alone does not grant a set of a few dozen.
+_CANDIDATES = 16
+
+# Row groups of a window that are read at once, to hide the latency of an object store.
+_READERS = 4
+
+# What randomness is for; the first number of its seed.
+_GROUPS, _ROWS = 0, 1
 
 Seed = tuple[int, ...]
 Indices = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
-class Slice:
-    """Positions [start, stop) of one row group, once its `rows` rows are permuted by `seed`."""
+class RowGroup:
+    """Place and size of a row group."""
 
     part: str
-    row_group: int
+    index: int
     rows: int
-    seed: Seed
-    start: int
-    stop: int
 
 
 @dataclass(frozen=True)
 class Window:
-    """Positions [start, stop) of the rows of `slices`, once these are permuted by `seed`."""
+    """Positions [start, stop) of the rows of `groups`, once these are permuted by `seed`.
 
-    slices: tuple[Slice, ...]
+    `number` is the number of the first of them in the endless order.
+    """
+
+    groups: tuple[RowGroup, ...]
     seed: Seed
     start: int
     stop: int
+    number: int
 
 
 @dataclass(frozen=True)
 class StreamTask:
-    """A stretch of a lane that can be read by itself, anywhere: a few kilobytes when pickled."""
+    """A stretch of the order, to be read by itself, anywhere: a few kilobytes when pickled."""
 
     uri: str
-    latent_shape: LatentShape
-    latent_dtype: str
+    format: RowFormat
     windows: tuple[Window, ...]
 
     @property
+    def number(self) -> int:
+        """Number of its first row."""
+        return self.windows[0].number
+
+    @property
     def rows(self) -> int:
-        """Rows that `read` gives for it."""
+        """How many rows follow each other from there."""
         return sum(window.stop - window.start for window in self.windows)
 
 
 @dataclass(frozen=True)
 class LatentStream:
-    """The order of a set for one seed and one number of lanes.
+    """The order of a set for one seed.
 
     Attributes:
         uri: Where the set lies (see `facm_platform.storage.absolute`).
         manifest: Its manifest.
         seed: Not negative.
-        lanes: Number of independent readers, one lane each.
-        window_bytes: Rows shuffled together at once. Part of the order: another value, another one.
+        window_groups: Row groups shuffled together. Part of the order: another value, another one.
     """
 
     uri: str
     manifest: LatentManifest
     seed: int
-    lanes: int
-    window_bytes: int = WINDOW_BYTES
+    window_groups: int = WINDOW_GROUPS
 
     def __post_init__(self) -> None:
         require(self.seed >= 0, "seed", self.seed, "negative", "Give 0 or more")
-        require(self.lanes > 0, "lanes", self.lanes, "not positive", "Use at least one worker")
-        require(
-            self.lanes <= self.manifest.rows,
-            "lanes",
-            self.lanes,
-            f"the set has only {self.manifest.rows} rows",
-            "Use fewer workers",
-        )
+        groups = self.window_groups
+        require(groups > 0, "window_groups", groups, "not positive", "Give at least 1")
 
-    def rows_per_epoch(self, lane: int) -> int:
-        """Rows of the piece that `lane` has of every epoch."""
-        start, stop = self._piece(lane)
-        return stop - start
+    def tasks(self, start_row: int, stop_row: int) -> Iterator[StreamTask]:
+        """The rows [start_row, stop_row) of the endless order, as pieces of work in order.
 
-    def tasks(self, lane: int, start_row: int, stop_row: int) -> Iterator[StreamTask]:
-        """The rows [start_row, stop_row) of the endless `lane`, in order, as pieces of work.
-
-        Rows count from the start of epoch 0. A task holds one window, or as many small ones as
-        make 16 MiB of rows, so that a tiny set does not become a task per epoch.
+        A task holds one window, or as many small ones as make 16 MiB of rows, so that a tiny set
+        does not become a task per epoch.
         """
-        require(0 <= lane < self.lanes, "lane", lane, f"not in [0, {self.lanes})", "Use the rank")
         require(
             0 <= start_row <= stop_row,
             "start_row",
@@ -132,76 +125,69 @@ class LatentStream:
             f"not in [0, stop_row = {stop_row}]",
             "Count rows from the start of epoch 0",
         )
-        return self._group(self._windows(lane, start_row, stop_row))
+        return self._group(self._windows(start_row, stop_row))
 
     def _group(self, windows: Iterator[Window]) -> Iterator[StreamTask]:
-        limit = max(1, TASK_BYTES // self._row_bytes)
+        limit = max(1, TASK_BYTES // self.manifest.row_bytes)
         pending: list[Window] = []
         pending_rows = 0
         for window in windows:
             rows = window.stop - window.start
             if pending and pending_rows + rows > limit:
-                yield self._task(pending)
+                yield StreamTask(self.uri, self._format, tuple(pending))
                 pending, pending_rows = [], 0
             pending.append(window)
             pending_rows += rows
         if pending:
-            yield self._task(pending)
+            yield StreamTask(self.uri, self._format, tuple(pending))
 
-    def _task(self, windows: list[Window]) -> StreamTask:
-        manifest = self.manifest
-        return StreamTask(self.uri, manifest.latent_shape, manifest.latent_dtype, tuple(windows))
+    def _windows(self, start_row: int, stop_row: int) -> Iterator[Window]:
+        epoch, offset = divmod(start_row, self.manifest.rows)
+        number = start_row
+        while number < stop_row:
+            windows = self._epoch(epoch)
+            edges = np.cumsum([0, *(self._group_rows[groups].sum() for groups in windows)])
+            first = int(np.searchsorted(edges, offset, side="right")) - 1
+            for index in range(first, len(windows)):
+                start = max(0, offset - int(edges[index]))
+                rows = int(edges[index + 1] - edges[index])
+                stop = min(rows, start + stop_row - number)
+                groups = tuple(self._row_group(int(group)) for group in windows[index])
+                seed = (_ROWS, self.seed, epoch, index)
+                yield Window(groups, seed, start, stop, number)
+                number += stop - start
+                if number == stop_row:
+                    return
+            epoch, offset = epoch + 1, 0
 
-    def _windows(self, lane: int, start_row: int, stop_row: int) -> Iterator[Window]:
-        piece_start, piece_stop = self._piece(lane)
-        length = piece_stop - piece_start
-        count = math.ceil(length / max(1, self.window_bytes // self._row_bytes))
-        edges = [index * length // count for index in range(count + 1)]
-        layout: tuple[int, Indices, Indices] | None = None
-        row = start_row
-        while row < stop_row:
-            epoch, offset = divmod(row, length)
-            if layout is None or layout[0] != epoch:
-                layout = (epoch, *self._epoch(epoch))
-            index = int(np.searchsorted(edges, offset, side="right")) - 1
-            first, last = edges[index], edges[index + 1]
-            stop = min(last, offset + stop_row - row)
-            slices = self._slices(*layout, piece_start + first, piece_start + last)
-            seed = (_WINDOW, self.seed, epoch, lane, self.lanes, index)
-            yield Window(tuple(slices), seed, offset - first, stop - first)
-            row += stop - offset
+    def _epoch(self, epoch: int) -> list[Indices]:
+        """Numbers of the row groups of each window of `epoch`, in order."""
+        count = len(self._group_rows)
+        strata = min(self.window_groups, count)
+        stratum = np.arange(count) * strata // count
+        # Within its stratum, the how-manieth a row group is drawn, and so the window it is in.
+        first = np.searchsorted(stratum, stratum)
+        candidates = []
+        for candidate in range(_CANDIDATES if strata < count else 1):
+            drawn = permutation(count, (_GROUPS, self.seed, epoch, candidate))
+            order = drawn[np.argsort(stratum[drawn], kind="stable")]
+            window = np.empty_like(order)
+            window[order] = np.arange(count) - first
+            candidates.append(window)
+        window = min(candidates, key=lambda w: abs(_correlation(w, self._group_rows)))
+        in_order = np.argsort(window, kind="stable")
+        return np.split(in_order, np.flatnonzero(np.diff(window[in_order])) + 1)
 
-    def _slices(
-        self, epoch: int, order: Indices, edges: Indices, start: int, stop: int
-    ) -> Iterator[Slice]:
-        """The pieces of row groups that make the positions [start, stop) of an epoch."""
-        at = int(np.searchsorted(edges, start, side="right")) - 1
-        while edges[at] < stop:
-            group = int(order[at])
-            part, row_group, rows = self._row_group(group)
-            begin, end = max(start - int(edges[at]), 0), min(stop - int(edges[at]), rows)
-            yield Slice(part, row_group, rows, (_ROWS, self.seed, epoch, group), begin, end)
-            at += 1
-
-    def _epoch(self, epoch: int) -> tuple[Indices, Indices]:
-        """Row groups in the order of `epoch`, and the position where each starts, then N."""
-        order = permutation(len(self._group_rows), (_GROUPS, self.seed, epoch))
-        return order, np.concatenate([[0], np.cumsum(self._group_rows[order])])
-
-    def _row_group(self, group: int) -> tuple[str, int, int]:
-        """Part, index in the part, and rows of the row group number `group` of the set."""
+    def _row_group(self, group: int) -> RowGroup:
+        """The row group number `group` of the set."""
         at = int(np.searchsorted(self._part_edges, group, side="right")) - 1
         part = self.manifest.parts[at]
         index = group - int(self._part_edges[at])
-        return part.name, index, part.row_groups[index]
-
-    def _piece(self, lane: int) -> tuple[int, int]:
-        rows = self.manifest.rows
-        return lane * rows // self.lanes, (lane + 1) * rows // self.lanes
+        return RowGroup(part.name, index, part.row_groups[index])
 
     @cached_property
-    def _row_bytes(self) -> int:
-        return row_bytes(self.manifest.latent_shape, self.manifest.latent_dtype)
+    def _format(self) -> RowFormat:
+        return self.manifest.row_format
 
     @cached_property
     def _group_rows(self) -> Indices:
@@ -222,86 +208,136 @@ def permutation(count: int, seed: Seed) -> Indices:
     return np.argsort(keys, kind="stable")
 
 
-def read(task: StreamTask) -> Iterator[pa.Table]:
-    """The rows of `task` in order, one table (latent, label, key) per window.
+def read(task: StreamTask, workers: int = 1) -> list[pa.Table]:
+    """The rows of `task`, dealt out: table w holds those whose number is w modulo `workers`.
+
+    Latents are drawn where the set holds moments or mirrored twins (see `LatentStream`): by the
+    window and the place of a row in it, so that they are as reproducible as the order.
 
     Raises:
         InvalidInputError: a part that is missing, damaged (checksum) or not what the manifest
             says; it is named.
     """
-    reader = _RowGroupReader(task)
+    hands = [_Hand(task, worker, workers) for worker in range(workers)]
+    groups = _RowGroups(task)
     for window in task.windows:
-        yield _read_window(reader, window)
+        _deal(window, groups, hands)
+    return [hand.table() for hand in hands]
 
 
-def _read_window(reader: _RowGroupReader, window: Window) -> pa.Table:
-    rows = sum(piece.stop - piece.start for piece in window.slices)
-    # Row `order[k]` of the slices comes k-th, so a row goes to the inverse permutation of its own.
+def _deal(window: Window, groups: _RowGroups, hands: list[_Hand]) -> None:
+    rows = sum(group.rows for group in window.groups)
+    # Row order[k] of the window comes k-th, so a row goes to the inverse permutation of its own.
     order = permutation(rows, window.seed)
     position = np.empty_like(order)
     position[order] = np.arange(rows)
-
-    task = reader.task
-    latents = np.empty((rows, *task.latent_shape), task.latent_dtype)
-    labels = np.empty(rows, np.int64)
-    keys: list[pa.Array] = []
     done = 0
-    for piece in window.slices:
-        group = reader.read(piece)
-        take = permutation(piece.rows, piece.seed)[piece.start : piece.stop]
-        put = position[done : done + len(take)]
-        latents[put] = latents_of(group)[take]
-        labels[put] = labels_of(group)[take]
-        keys.append(group.column(KEY).combine_chunks().take(pa.array(take)))
-        done += len(take)
-    ordered_keys = pa.concat_arrays(keys).take(pa.array(order))
-    table = to_table(latents, labels, ordered_keys)
-    return table.slice(window.start, window.stop - window.start)
+    for index, (group, table) in enumerate(groups.of(window)):
+        at = position[done : done + group.rows]
+        done += group.rows
+        wanted = np.flatnonzero((at >= window.start) & (at < window.stop))
+        numbers = window.number + at[wanted] - window.start
+        values = {name: values_of(table, name) for name in table.column_names if name != KEY}
+        values[LATENT] = latents_drawn(groups.task.format, values, (*window.seed, index))
+        keys = table.column(KEY)
+        for hand in hands:
+            mine = numbers % len(hands) == hand.worker
+            hand.take(values, keys, wanted[mine], numbers[mine])
 
 
-class _RowGroupReader:
-    """Reads row groups of one task, and keeps the last ones: neighbouring windows share them."""
+class _Hand:
+    """What one worker gets of a task."""
+
+    def __init__(self, task: StreamTask, worker: int, workers: int) -> None:
+        self.worker = worker
+        self._workers = workers
+        self._format = task.format.drawn()
+        self._first = task.number + (worker - task.number) % workers
+        rows = len(range(self._first, task.number + task.rows, workers))
+        self._values = {
+            name: np.empty((rows, *shape), dtype)
+            for name, (dtype, shape) in self._format.tensors.items()
+        }
+        if self._format.num_classes:
+            self._values[LABEL] = np.empty(rows, np.int64)
+        self._keys: list[pa.ChunkedArray] = []
+        self._slots: list[Indices] = []
+
+    def take(
+        self,
+        values: dict[str, NDArray[np.generic]],
+        keys: pa.Array,
+        rows: Indices,
+        numbers: Indices,
+    ) -> None:
+        """Put the given `rows` of a row group where their numbers belong."""
+        slots = (numbers - self._first) // self._workers
+        for name, mine in self._values.items():
+            mine[slots] = values[name][rows]
+        self._keys.append(keys.take(pa.array(rows)))
+        self._slots.append(slots)
+
+    def table(self) -> pa.Table:
+        """All rows, in order."""
+        keys = pa.chunked_array([c for part in self._keys for c in part.chunks], pa.string())
+        order = np.argsort(np.concatenate(self._slots))
+        values = {**self._values, KEY: keys.take(pa.array(order)).combine_chunks()}
+        return self._format.table(values)
+
+
+class _RowGroups:
+    """Reads the row groups of a task; keeps them where its windows, small ones, share them."""
 
     def __init__(self, task: StreamTask) -> None:
         self.task = task
-        self._schema = schema(task.latent_shape, task.latent_dtype)
-        self._kept: OrderedDict[tuple[str, int], pa.Table] = OrderedDict()
+        self._kept: dict[RowGroup, pa.Table] = {}
 
-    def read(self, piece: Slice) -> pa.Table:
-        """All rows of the row group of `piece`, in stored order."""
-        place = (piece.part, piece.row_group)
-        if place not in self._kept:
-            self._kept[place] = self._load(piece)
-        self._kept.move_to_end(place)
-        while len(self._kept) > 1 and sum(t.nbytes for t in self._kept.values()) > TASK_BYTES:
-            self._kept.popitem(last=False)
-        return self._kept[place]
-
-    def _load(self, piece: Slice) -> pa.Table:
-        uri = storage.join(self.task.uri, piece.part)
-        store, path = storage.filesystem(uri)
-        try:
-            with (
-                storage.explained(uri, "part"),
-                pq.ParquetFile(
-                    path, filesystem=store, pre_buffer=True, page_checksum_verification=True
-                ) as file,
-            ):
-                table = file.read_row_group(piece.row_group, columns=list(COLUMNS))
-        except (OSError, pa.ArrowException, IndexError) as error:
-            raise _bad_part(uri, f"damaged or missing ({str(error).splitlines()[0]})") from error
-        if table.schema.types != self._schema.types:
-            raise _bad_part(uri, f"its columns are {table.schema.types}, not {self._schema.types}")
-        nulls = sum(column.null_count for column in table.columns)
-        if len(table) != piece.rows or nulls:
-            raise _bad_part(
-                uri,
-                f"its row group {piece.row_group} has {len(table)} rows and {nulls} nulls "
-                f"where the manifest says {piece.rows} and none",
-            )
-        return table
+    def of(self, window: Window) -> Iterator[tuple[RowGroup, pa.Table]]:
+        """Every row group of the window with all its rows, in stored order."""
+        missing = [group for group in window.groups if group not in self._kept]
+        with ThreadPoolExecutor(_READERS) as pool:
+            loaded = dict(zip(missing, pool.map(partial(_load, self.task), missing), strict=True))
+        if len(self.task.windows) > 1:
+            self._kept |= loaded
+        for group in window.groups:
+            yield group, loaded.pop(group) if group in loaded else self._kept[group]
 
 
-def _bad_part(uri: str, problem: str) -> InvalidInputError:
-    remedy = "Restore this file, or encode the set again with jobs/encode.py and overwrite=true"
+def _load(task: StreamTask, group: RowGroup) -> pa.Table:
+    uri = storage.join(task.uri, group.part)
+    schema = task.format.schema
+    store, path = storage.filesystem(uri)
+    try:
+        with (
+            storage.explained(uri, "part"),
+            pq.ParquetFile(
+                path, filesystem=store, pre_buffer=True, page_checksum_verification=True
+            ) as file,
+        ):
+            table = file.read_row_group(group.index, columns=schema.names)
+    except (OSError, pa.ArrowException, IndexError) as error:
+        raise bad_part(uri, f"damaged or missing ({str(error).splitlines()[0]})") from error
+    if table.schema.names != schema.names or table.schema.types != schema.types:
+        raise bad_part(uri, f"its columns are {table.schema.types}, not {schema.types}")
+    nulls = sum(column.null_count for column in table.columns)
+    if len(table) != group.rows or nulls:
+        raise bad_part(
+            uri,
+            f"its row group {group.index} has {len(table)} rows and {nulls} nulls "
+            f"where the manifest says {group.rows} and none",
+        )
+    return table
+
+
+def bad_part(uri: str, problem: str) -> InvalidInputError:
+    """A part that is not what the manifest says."""
+    remedy = "Restore this file, or make the set again with overwrite=true"
     return InvalidInputError("part", uri, problem, remedy)
+
+
+def _correlation(window: Indices, rows: Indices) -> float:
+    """Between the place in storage and the window, over all rows."""
+    place = np.cumsum(rows) - rows / 2
+    place, when = (x - np.average(x, weights=rows) for x in (place, window))
+    spread = np.average(place**2, weights=rows) * np.average(when**2, weights=rows)
+    return float(np.average(place * when, weights=rows) / np.sqrt(spread)) if spread else 0.0

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -15,73 +14,51 @@ from facm_core.errors import require
 from facm_platform import storage
 from facm_platform.latents.manifest import Part
 from facm_platform.latents.statistics import ChannelStatistics
-from facm_platform.latents.tables import (
-    LatentShape,
-    labels_of,
-    latents_of,
-    rebatch,
-    row_bytes,
-    schema,
-)
+from facm_platform.latents.tables import KEY, LABEL, RowFormat, rebatch, values_of
 
-# Small ones let a reader's shuffle window hold several, and cost little at its edges.
+# Readers shuffle a few whole row groups together: small ones keep that cheap.
 ROW_GROUP_BYTES = 16 << 20
 
 
-@dataclass(frozen=True, kw_only=True)
-class PartLayout:
-    """What every part of a set has in common.
-
-    Attributes:
-        shape: (C, H, W) of one latent.
-        dtype: ``float32`` or ``float16``.
-        num_classes: Labels must be in [0, num_classes).
-        row_group_bytes: Uncompressed bytes of a row group, at most (but at least one row).
-    """
-
-    shape: LatentShape
-    dtype: str
-    num_classes: int
-    row_group_bytes: int = ROW_GROUP_BYTES
-
-    @property
-    def row_group_rows(self) -> int:
-        """Rows of every row group but the last of a part."""
-        return max(1, self.row_group_bytes // row_bytes(self.shape, self.dtype))
-
-
-def part_name(index: int) -> str:
-    """File name of part number `index`."""
-    return f"part-{index:05d}.parquet"
-
-
 def write_part(
-    uri: str, name: str, tables: Iterable[pa.Table], layout: PartLayout
+    uri: str,
+    name: str,
+    tables: Iterable[pa.Table],
+    format: RowFormat,
+    row_group_bytes: int = ROW_GROUP_BYTES,
 ) -> tuple[Part, ChannelStatistics]:
-    """Write rows (of `facm_platform.latents.tables.to_table`) as the part `name` of the set `uri`.
+    """Write rows as the part `name` of the set `uri`.
 
     Memory is bounded by one row group. Nothing becomes visible unless all of it is written.
 
+    Args:
+        uri: Address of the set.
+        name: File name.
+        tables: Rows of `format`.
+        format: Of the set.
+        row_group_bytes: Of a row group in memory, at most (but at least one row).
+
     Raises:
-        InvalidInputError: no rows, a latent that is not finite, or a label out of range.
+        InvalidInputError: no rows, a latent or text that is not finite, a label out of range.
     """
     row_groups: list[int] = []
-    statistics = ChannelStatistics.empty(layout.shape[0])
-    columns = schema(layout.shape, layout.dtype)
+    statistics = ChannelStatistics.empty(format.latent_shape[0])
     with storage.output_file(storage.join(uri, name)) as file:
         with pq.ParquetWriter(
             file,
-            columns,
+            format.schema,
             # Latents are noise to a compressor, and a dictionary of them is larger than they are.
             compression="none",
             use_dictionary=False,
             write_page_checksum=True,
         ) as writer:
-            for group in rebatch(tables, layout.row_group_rows):
-                _check(group, name, layout)
+            for group in rebatch(tables, max(1, row_group_bytes // format.row_bytes)):
+                _check(group, name, format)
                 writer.write_table(group, row_group_size=len(group))
                 row_groups.append(len(group))
-                statistics = statistics.merge(ChannelStatistics.of(latents_of(group)))
+                for column in format.latent_columns:
+                    latents = values_of(group, column)
+                    statistics = statistics.merge(ChannelStatistics.of(latents, format.moments))
         require(bool(row_groups), name, 0, "a part without rows", "Encode at least one image")
         part = Part(
             name=name,
@@ -93,18 +70,23 @@ def write_part(
     return part, statistics
 
 
-def _check(group: pa.Table, name: str, layout: PartLayout) -> None:
-    finite = np.isfinite(latents_of(group)).all(axis=(1, 2, 3))
-    labels = labels_of(group)
-    in_range = (labels >= 0) & (labels < layout.num_classes)
-    for holds, problem in (
-        (finite, "its latent is not finite"),
-        (in_range, f"its label is not in [0, {layout.num_classes})"),
-    ):
-        bad = np.flatnonzero(~holds)
-        if len(bad):
-            key = group.column("key")[int(bad[0])].as_py()
-            require(False, f"{name} key", key, problem, "Remove or mend this image")
+def _check(group: pa.Table, name: str, format: RowFormat) -> None:
+    for column, (dtype, shape) in format.tensors.items():
+        if np.issubdtype(dtype, np.floating):
+            axes = tuple(range(1, 1 + len(shape)))
+            finite = np.isfinite(values_of(group, column)).all(axis=axes)
+            _require_all(finite, group, name, f"its {column} is not finite")
+    if format.num_classes:
+        labels = values_of(group, LABEL)
+        in_range = (labels >= 0) & (labels < format.num_classes)
+        _require_all(in_range, group, name, f"its label is not in [0, {format.num_classes})")
+
+
+def _require_all(holds: np.ndarray, group: pa.Table, name: str, problem: str) -> None:
+    bad = np.flatnonzero(~holds)
+    if len(bad):
+        key = group.column(KEY)[int(bad[0])].as_py()
+        require(False, f"{name} key", key, problem, "Remove or mend this row at its source")
 
 
 def _sha256(file: Path) -> str:

@@ -197,7 +197,7 @@ def load_artifact(uri: str, field: str = "teacher.uri") -> Artifact:
                 "Restore the file from where it was copied, or train again",
             )
             tensors = _read_tensors(folder / WEIGHTS, field, uri)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise _not_an_artifact(field, uri, "there is no such folder") from None
     _check_tensors(tensors, config.architecture, field, uri)
     # Made without storage, so that loading draws nothing from the global random generator.

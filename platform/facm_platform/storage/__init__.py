@@ -4,7 +4,9 @@ Credentials, region and endpoint (``AWS_ENDPOINT_URL``) come from the standard e
 never from an address or an object, so that nothing secret is pickled into Ray or logged.
 """
 
+from facm_platform.storage.failures import explained
 from facm_platform.storage.files import (
+    create_bytes,
     delete_file,
     exists,
     list_files,
@@ -15,15 +17,19 @@ from facm_platform.storage.files import (
     write_bytes,
 )
 from facm_platform.storage.folders import local_copy, upload_folder
-from facm_platform.storage.uris import absolute, check_reachable, explained, filesystem, join
+from facm_platform.storage.listing import iter_files
+from facm_platform.storage.stores import check_reachable, filesystem
+from facm_platform.storage.uris import absolute, join
 
 __all__ = [
     "absolute",
     "check_reachable",
+    "create_bytes",
     "delete_file",
     "exists",
     "explained",
     "filesystem",
+    "iter_files",
     "join",
     "list_files",
     "local_copy",

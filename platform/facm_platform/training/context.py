@@ -28,7 +28,10 @@ class WorkerContext(Protocol):
     def batches(
         self, stream: LatentStream, start_row: int, stop_row: int, batch_rows: int
     ) -> Iterator[Batch]:
-        """Rows start_row … stop_row − 1 of this rank's lane, in batches."""
+        """This rank's share of the rows [start_row, stop_row), in batches of all ranks together.
+
+        The rows whose number is the rank modulo the world size: `batch_rows` / `world_size` each.
+        """
 
     def last_checkpoint(self) -> AbstractContextManager[Path | None]:
         """The last committed checkpoint as a folder, None at the very start."""
@@ -56,7 +59,7 @@ class LocalContext:
         self, stream: LatentStream, start_row: int, stop_row: int, batch_rows: int
     ) -> Iterator[Batch]:
         """Batches read in this process."""
-        return local_batches(stream, self.rank, start_row, stop_row, batch_rows)
+        return local_batches(stream, start_row, stop_row, batch_rows)
 
     def last_checkpoint(self) -> AbstractContextManager[Path | None]:
         """The newest checkpoint of the folder."""

@@ -112,12 +112,7 @@ class DistillPlan:
         return TrainingTask(
             job="distill",
             folder_uri=self.folder_uri,
-            stream=LatentStream(
-                uri=self.data_uri,
-                manifest=self.manifest,
-                seed=config.train.seed,
-                lanes=config.workers.count,
-            ),
+            stream=LatentStream(self.data_uri, self.manifest, config.train.seed),
             objective=config.objective,
             train=config.train,
             teacher_uri=self.teacher_uri,

@@ -12,6 +12,7 @@ from ray.train.torch import TorchTrainer
 
 from facm_platform.cluster import require_cpus
 from facm_platform.latents.source import READ_TASK_CPUS
+from facm_platform.storage import filesystem
 from facm_platform.training.config import WorkersConfig
 from facm_platform.training.loop import train
 from facm_platform.training.ray_context import RayContext
@@ -34,7 +35,9 @@ def launch(task: TrainingTask, workers: WorkersConfig) -> dict[str, float]:
     # How often the controller looks at its workers, which is what a checkpoint's report waits for.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "120")
-    storage, _, name = task.folder_uri.rpartition("/")
+    folder, _, name = task.folder_uri.rpartition("/")
+    # Ours, because Ray's own gives up on an object store within seconds.
+    store, path = filesystem(folder)
     trainer = TorchTrainer(
         cast(Any, _work),  # typed for Train V1, which returned nothing
         train_loop_config={"task": task, "threads": max(1, int(workers.cpus))},
@@ -45,7 +48,8 @@ def launch(task: TrainingTask, workers: WorkersConfig) -> dict[str, float]:
         ),
         run_config=RunConfig(
             name=name,
-            storage_path=storage,
+            storage_path=path,
+            storage_filesystem=store,
             checkpoint_config=CheckpointConfig(num_to_keep=task.train.keep_checkpoints),
             failure_config=FailureConfig(
                 max_failures=workers.max_failures,

@@ -108,15 +108,13 @@ class _Trainer:
         """One optimizer step; False if it was skipped because something was not finite."""
         state, device = self.state, self.context.device
         batch_size = self.settings.global_batch_size
-        draws = self._draws(batch)
+        draws, batch = self._draws(batch), batch.to(device)
         output = self.objective(
             state.student,
-            batch.latents.to(device),
-            batch.labels.to(device),
+            batch.latents,
+            batch.condition,
             self.teacher,
-            x_0=draws.x_0.to(device),
-            t=draws.t.to(device),
-            dropped=draws.dropped.to(device),
+            **draws.to(device).given(),
             images_seen=state.images_seen,
         )
         state.optimizer.zero_grad()
@@ -139,18 +137,20 @@ class _Trainer:
 
     def _draws(self, batch: Batch) -> Draws:
         """This rank's rows of the global batch's random draws."""
-        rows = len(batch.latents)
         shape = (self.settings.global_batch_size, *batch.latents.shape[1:])
         seed = step_seed(self.settings.seed, self.state.images_seen)
         draws = self.objective.draw(shape, torch.Generator().manual_seed(seed))
-        return draws.rows(self.context.rank * rows, (self.context.rank + 1) * rows)
+        return draws.share(self.context.rank, self.context.world_size)
 
     def _batches(self) -> Iterator[Batch]:
-        """What is left of this rank's lane."""
-        lanes, settings = self.context.world_size, self.settings
-        start, stop = self.state.images_seen // lanes, settings.total_images // lanes
-        rows = settings.global_batch_size // lanes
-        return self.context.batches(self.task.stream, start, stop, rows)
+        """What is left of the run, this rank's share."""
+        settings = self.settings
+        return self.context.batches(
+            self.task.stream,
+            self.state.images_seen,
+            settings.total_images,
+            settings.global_batch_size,
+        )
 
     def _set_learning_rate(self) -> None:
         warmup = self.settings.warmup_images

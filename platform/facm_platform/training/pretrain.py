@@ -131,12 +131,7 @@ class PretrainPlan:
         return TrainingTask(
             job="pretrain",
             folder_uri=self.folder_uri,
-            stream=LatentStream(
-                uri=self.data_uri,
-                manifest=manifest,
-                seed=config.train.seed,
-                lanes=config.workers.count,
-            ),
+            stream=LatentStream(self.data_uri, manifest, config.train.seed),
             objective=config.objective,
             train=config.train,
             teacher_uri=None,
@@ -154,17 +149,14 @@ def prepare(config: PretrainConfig) -> PretrainPlan:
             does not fit the latents.
     """
     check_batch(config.train, config.workers)
-    batch_size, workers = config.train.global_batch_size, config.workers.count
-    require(
-        not config.objective.expanded or batch_size % (2 * workers) == 0,
-        "train.global_batch_size",
-        batch_size,
-        f"with objective.expanded each of {workers} workers needs an even share, as every second "
-        "row is told 2 - t",
-        f"Use a multiple of {2 * workers}",
-    )
     data_uri = absolute(config.data.uri, "data.uri")
     manifest = LatentManifest.load(data_uri)
+    _, height, width = manifest.latent_shape
+    for holds, problem in (
+        (height == width, f"latents {manifest.latent_shape} are not square"),
+        (manifest.num_classes > 0, "rows are conditioned on texts, and a LightningDiT on labels"),
+    ):
+        require(holds, "data.uri", config.data.uri, problem, "Use another latent set")
     try:
         architecture = config.network.on(manifest)
     except InvalidInputError as error:

@@ -7,6 +7,7 @@ import time
 import torch
 from torch import Tensor
 
+from facm_platform.progress import time_left
 from facm_platform.training.parallel import mean_over_workers
 
 
@@ -37,10 +38,9 @@ class MetricWindow:
 
 def progress_line(job: str, images_seen: int, total_images: int, metrics: dict[str, float]) -> str:
     """One line: share done, loss, speed, time left."""
-    seconds_left = (total_images - images_seen) / metrics["images_per_second"]
-    minutes, seconds = divmod(round(seconds_left), 60)
+    speed = metrics["images_per_second"]
     return (
         f"{job} {images_seen / total_images:4.0%}  {images_seen:,}/{total_images:,} images  "
-        f"loss {metrics['loss']:.4f}  {metrics['images_per_second']:,.0f} images/s  "
-        f"{minutes}m{seconds:02d}s left"
+        f"loss {metrics['loss']:.4f}  {speed:,.0f} images/s  "
+        f"{time_left(images_seen, total_images, speed)}"
     )

@@ -7,11 +7,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import ray
 import ray.train
 import ray.train.torch
+from ray.data import DataIterator
+from ray.train.collective import broadcast_from_rank_zero
 
 from facm_platform.latents import Batch, LatentStream
-from facm_platform.latents.source import ray_batches
+from facm_platform.latents.source import Make, Worker, ray_batches
 from facm_platform.training.context import WriteCheckpoint
 
 
@@ -27,8 +30,9 @@ class RayContext:
     def batches(
         self, stream: LatentStream, start_row: int, stop_row: int, batch_rows: int
     ) -> Iterator[Batch]:
-        """Batches streamed by Ray Data."""
-        return ray_batches(stream, self.rank, start_row, stop_row, batch_rows)
+        """Batches streamed by Ray Data, read once for all workers."""
+        worker = Worker(self.rank, self.world_size, self._from_rank_zero)
+        return ray_batches(stream, worker, start_row, stop_row, batch_rows)
 
     @contextmanager
     def last_checkpoint(self) -> Iterator[Path | None]:
@@ -46,3 +50,9 @@ class RayContext:
             write(Path(folder))
             checkpoint = ray.train.Checkpoint.from_directory(folder)
             ray.train.report(metrics, checkpoint=checkpoint)
+
+    def _from_rank_zero(self, make: Make) -> list[DataIterator]:
+        # A reference, because Train's broadcast is for less than a kilobyte.
+        made = {"iterators": ray.put(make())} if self.rank == 0 else None
+        iterators: list[DataIterator] = ray.get(broadcast_from_rank_zero(made)["iterators"])
+        return iterators
