@@ -16,7 +16,7 @@ from facm_platform.config import load_config
 from facm_platform.latents import LatentManifest
 from facm_platform.training import distill, pretrain
 from facm_platform.training.run import IDENTITY, identity
-from tests.small import ARCHITECTURE, artifact_config, write_model
+from tests.small import ARCHITECTURE, artifact_config, write_digits, write_model
 
 Said = Callable[..., str]
 
@@ -116,6 +116,17 @@ def test_teacher_of_another_shape(
 def test_teacher_under_another_normalisation(said: Said, tmp_path: Path, digits_uri: str) -> None:
     uri = other_teacher(tmp_path, digits_uri, {}, normalisation_mean=(0.5,))
     assert "another normalisation" in said(f"teacher.uri={uri}")
+
+
+def test_a_set_with_a_flipped_byte(said: Said, tmp_path: Path) -> None:
+    manifest = write_digits(tmp_path / "set", rows=100)
+    part = tmp_path / "set" / manifest.parts[0].name
+    content = bytearray(part.read_bytes())
+    content[5000] ^= 1
+    part.write_bytes(content)
+    message = said(f"data.uri={tmp_path / 'set'}")
+    assert "data.uri = " in message
+    assert "part-00000.parquet: its sha256 is" in message
 
 
 def test_run_name_with_another_config(said: Said, recipe: Path, tmp_path: Path) -> None:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
+from safetensors.numpy import save_file
 
+from facm_platform.latents import LatentManifest
 from tests.jobs.conftest import RunJob, last_line
 from tests.small import write_digits
 
@@ -26,6 +29,53 @@ def test_every_command(run_job: RunJob, tmp_path: Path, digits_uri: str, command
         assert result["metrics"] == {"rows": 64}
         # Eight by eight images.
         assert Image.open(sheet).size == (4 + 8 * 68, 4 + 8 * 84)
+
+
+def test_out_and_in_again(run_job: RunJob, tmp_path: Path, digits_uri: str) -> None:
+    done = run_job("latents", "export", digits_uri, "published")
+    assert done.returncode == 0, done.stderr
+    assert last_line(done.stdout)["metrics"] == {"rows": 1797, "files": 1}
+
+    arguments = ["run.name=import", "source_uri=published", "num_classes=10", "output_uri=set"]
+    arguments += ["autoencoder=identity", "statistics=given"]
+    done = run_job("import_latents", *arguments)
+    assert done.returncode == 0, done.stderr
+    original = LatentManifest.load(digits_uri)
+    imported = LatentManifest.load(str(tmp_path / "set"))
+    assert (imported.mean, imported.std) == (original.mean, original.std)
+    assert last_line(done.stdout)["metrics"] == {"rows": 1797, "parts": 1, "quarantined": 0}
+    again = run_job("import_latents", *arguments)
+    assert "holds this latent set already: nothing to do" in again.stdout
+
+
+def test_what_ends_a_worker_is_told_like_other_bad_input(run_job: RunJob, tmp_path: Path) -> None:
+    latents = np.full((4, 1, 2, 2), np.nan, np.float32)
+    tensors = {"latents": latents, "labels": np.zeros(4, np.int64)}
+    save_file(tensors, tmp_path / "latents_rank00_shard000.safetensors")
+    done = run_job(
+        "import_latents",
+        "run.name=import",
+        "source_uri=.",
+        "num_classes=10",
+        "output_uri=set",
+        "autoencoder=identity",
+    )
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1] == (
+        "error: part-00000.parquet key = 'latents_rank00_shard000.safetensors#0': "
+        "its latent is not finite. Remove or mend this row at its source."
+    )
+
+
+@pytest.mark.slow
+def test_the_benchmark_measures_what_it_says(run_job: RunJob, tmp_path: Path) -> None:
+    done = run_job("latents", "benchmark", "set", "--rows", "3000", "--batch", "100")
+    assert done.returncode == 0, done.stderr
+    metrics = last_line(done.stdout)["metrics"]
+    ways = ("one_safe_open_a_sample", "bare_pyarrow_loop", "stream")
+    assert {name.split(".")[0] for name in metrics} == set(ways)
+    assert all(metrics[f"{way}.rows_per_second"] > 0 for way in ways)
+    assert LatentManifest.load(str(tmp_path / "set")).rows == 3000
 
 
 def test_a_bad_part_is_refused_with_the_numbers(run_job: RunJob, tmp_path: Path) -> None:

@@ -31,3 +31,13 @@ def test_two_sharded_workers_equal_one_plain_process(
 def test_workers_that_do_not_fit_are_refused(make_task: MakeTask) -> None:
     with pytest.raises(InvalidInputError, match=r"workers.count = 8.*4.0 CPUs"):
         launch(make_task(), WorkersConfig(count=8, cpus=1))
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_run_goes_on_with_another_number_of_workers(make_task: MakeTask) -> None:
+    launch(make_task(train=replace(TRAIN, images=TRAIN.images // 2)), WorkersConfig(count=2))
+    task = make_task()
+    launch(task, WorkersConfig(count=1))
+    got = weights(task)
+    for name, expected in plain_distillation(task).items():
+        torch.testing.assert_close(got[name], expected, rtol=1e-4, atol=1e-6)

@@ -118,10 +118,12 @@ def report(work: Callable[[], JobResult | None]) -> int:
 
 def _input_error(error: BaseException | None) -> InvalidInputError | None:
     """The `InvalidInputError` that `error` is, or that ended a Ray task, actor or worker."""
+    # Ray's exceptions are of the type of their cause, but have its traceback for their text.
+    cause = getattr(error, "cause", None)
+    if isinstance(cause, InvalidInputError):
+        return cause
     if error is None or isinstance(error, InvalidInputError):
         return error
     of_workers = getattr(error, "worker_failures", {}).values()
-    for inner in (getattr(error, "cause", None), error.__cause__, *of_workers):
-        if (found := _input_error(inner)) is not None:
-            return found
-    return None
+    found = (_input_error(inner) for inner in (cause, error.__cause__, *of_workers))
+    return next(filter(None, found), None)

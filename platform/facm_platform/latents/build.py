@@ -157,17 +157,13 @@ class SetBuild:
         return manifest
 
     def _claim(self) -> None:
-        """Say which set is being made here. What belongs to no set, or may be replaced, goes."""
+        """Say which set is being made here; another one that may be replaced goes first."""
         if self.overwrite and self._claimed() != self._claim_text:
             _clear(self.uri)
         try:
             storage.create_bytes(self._progress(_SET), self._claim_text)
         except FileExistsError:
-            self._check_claim("is being made there")
-            return
-        made = storage.exists(storage.join(self.uri, MANIFEST))
-        require(not made, "output_uri", self.uri, _TAKEN.format("lies there by now"), _ANOTHER)
-        _clear_parts(self.uri)
+            self._check_claim()
 
     def _check_free(self, names: Iterable[str]) -> None:
         """Nothing lies there but what a build of this set, or a replaceable one, has left."""
@@ -180,11 +176,11 @@ class SetBuild:
             f"the folder holds files of something else ({', '.join(foreign[:3])})",
             "Choose an empty folder",
         )
-        self._check_claim("is being made there")
+        self._check_claim()
 
-    def _check_claim(self, state: str) -> None:
+    def _check_claim(self) -> None:
         free = self.overwrite or self._claimed() in (None, self._claim_text)
-        require(free, "output_uri", self.uri, _TAKEN.format(state), _ANOTHER)
+        require(free, "output_uri", self.uri, _TAKEN.format("is being made there"), _ANOTHER)
 
     def _claimed(self) -> bytes | None:
         try:
@@ -260,6 +256,10 @@ class SetBuild:
         )
 
     def _commit(self, manifest: LatentManifest) -> None:
+        kept = {part.name for part in manifest.parts}
+        for stray in storage.list_files(self.uri).keys() - kept:
+            if is_part(stray):
+                storage.delete_file(storage.join(self.uri, stray))
         try:
             manifest.save(self.uri)
         except FileExistsError:
@@ -282,13 +282,9 @@ def _clear(uri: str) -> None:
     The manifest goes first: from then on there is no set, rather than half of one.
     """
     storage.delete_file(storage.join(uri, MANIFEST))
-    _clear_parts(uri)
-    _clear_progress(uri)
-
-
-def _clear_parts(uri: str) -> None:
     for name in filter(is_part, storage.list_files(uri)):
         storage.delete_file(storage.join(uri, name))
+    _clear_progress(uri)
 
 
 def _clear_progress(uri: str) -> None:

@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from facm_core.errors import InvalidInputError
+from facm_core.errors import InvalidInputError, require
 from facm_platform import storage
 from facm_platform.config.job import JobResult, Refused
 from facm_platform.latents.manifest import LatentManifest, Part
@@ -41,6 +41,7 @@ _WRAPPED = textwrap.TextWrapper(
     96, subsequent_indent=" " * 16, break_long_words=False, break_on_hyphens=False
 )
 _IMPORT = "facm-platform import"
+_SMALL_BYTES = 256 << 20
 _REMEDY = "Restore {}, or make the set again with overwrite=true."
 
 T = TypeVar("T")
@@ -89,6 +90,24 @@ def verify(uri: str) -> JobResult:
         )
     print(f"{_counted(len(problems), 'part')}: every byte is what the manifest says", flush=True)
     return result
+
+
+def check_small_set(uri: str, manifest: LatentManifest, field: str) -> None:
+    """Look at every byte, before a job starts, of a set that is read within seconds.
+
+    Of a larger one, damage is found where it is read, or by `verify`.
+
+    Raises:
+        InvalidInputError: a part is not what the manifest says.
+    """
+    if sum(part.bytes for part in manifest.parts) > _SMALL_BYTES:
+        return
+    for part in manifest.parts:
+        problem = _problem(uri, manifest.row_format, part)
+        remedy = "Restore it, or make the set again with overwrite=true"
+        require(problem is None, field, uri, f"{part.name}: {problem}", remedy)
+            problem is None, field, uri, f"{part.name}: {problem}", _REMEDY.format("it").rstrip(".")
+        )
 
 
 def stats(uri: str) -> JobResult:

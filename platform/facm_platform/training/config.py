@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from facm_core.ema import exponent_of
 from facm_core.errors import require, require_one_of
+from facm_platform.latents import LatentManifest, LatentStream
+from facm_platform.latents.stream import WINDOW_GROUPS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,7 +16,8 @@ class WorkersConfig:
     """Ray Train workers.
 
     Attributes:
-        count: Number of workers; each holds a shard of every weight.
+        count: Number of workers; each holds a shard of every weight. A run may go on with
+            another number.
         cpus: Ray CPUs of a worker. Below one on small machines: Ray Data, which feeds the
             workers, waits for ever when they hold every CPU.
         gpu: One GPU a worker (NCCL), else CPU (gloo).
@@ -50,6 +53,8 @@ class TrainConfig:
             and a teacher's for ever: more memory, less communication.
         recompute: Blocks compute their activations again in the backward pass of the JVP.
         seed: Of initial weights, data order, noise, times and label dropout.
+        window_groups: Row groups of the latent set, from all over it, that are shuffled together.
+            A read task holds them in memory; a set sorted by class may want more.
         ema_sigma_rels: Widths of the power-function averages that are tracked.
         export_sigma_rel: Which of them the model artefact holds.
         checkpoint_images: Distance between checkpoints.
@@ -69,6 +74,7 @@ class TrainConfig:
     reshard_after_forward: bool = True
     recompute: bool = False
     seed: int = 0
+    window_groups: int = WINDOW_GROUPS
     ema_sigma_rels: tuple[float, ...] = (0.05, 0.2)
     export_sigma_rel: float = 0.2
     checkpoint_images: int = 1_000_000
@@ -84,6 +90,7 @@ class TrainConfig:
             "keep_checkpoints",
             "log_images",
             "max_skipped_in_a_row",
+            "window_groups",
         ):
             value = getattr(self, name)
             require(value >= 1, name, value, "below 1", "Use a whole number from 1")
@@ -115,3 +122,7 @@ class TrainConfig:
     def total_images(self) -> int:
         """`images`, rounded up to whole batches."""
         return math.ceil(self.images / self.global_batch_size) * self.global_batch_size
+
+    def stream(self, uri: str, manifest: LatentManifest) -> LatentStream:
+        """The order in which the rows of a set are seen."""
+        return LatentStream(uri, manifest, self.seed, self.window_groups)

@@ -9,11 +9,17 @@ from facm_core.models import LightningDiTConfig
 from facm_core.objectives import FACMConfig
 from facm_platform.config import JobResult, config_hash
 from facm_platform.config.sections import DataConfig, RunConfig
-from facm_platform.latents import LatentManifest, LatentStream
+from facm_platform.latents import LatentManifest
 from facm_platform.registry import Artifact, load_artifact
 from facm_platform.storage import absolute
 from facm_platform.training.config import TrainConfig, WorkersConfig
-from facm_platform.training.run import check_batch, check_run, execute, memory_estimate
+from facm_platform.training.run import (
+    check_batch,
+    check_run,
+    execute,
+    memory_estimate,
+    open_data,
+)
 from facm_platform.training.task import TrainingTask
 
 
@@ -112,7 +118,7 @@ class DistillPlan:
         return TrainingTask(
             job="distill",
             folder_uri=self.folder_uri,
-            stream=LatentStream(self.data_uri, self.manifest, config.train.seed),
+            stream=config.train.stream(self.data_uri, self.manifest),
             objective=config.objective,
             train=config.train,
             teacher_uri=self.teacher_uri,
@@ -126,12 +132,11 @@ def prepare(config: DistillConfig) -> DistillPlan:
     """Validate a distillation without touching a cluster.
 
     Raises:
-        InvalidInputError: see `check_run`, `check_batch`, `LatentManifest.load`, `load_artifact`;
+        InvalidInputError: see `check_run`, `check_batch`, `open_data`, `load_artifact`;
             or teacher, data and conditioning that do not belong together.
     """
     check_batch(config.train, config.workers)
-    data_uri = absolute(config.data.uri, "data.uri")
-    manifest = LatentManifest.load(data_uri)
+    data_uri, manifest = open_data(config.data)
     teacher_uri = absolute(config.teacher.uri, "teacher.uri")
     teacher = load_artifact(teacher_uri, "teacher.uri")
     _check_teacher(config, teacher, manifest)

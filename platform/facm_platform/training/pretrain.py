@@ -10,11 +10,16 @@ from facm_core.models import LightningDiTConfig
 from facm_core.objectives import FlowMatchingConfig
 from facm_platform.config import JobResult, config_hash
 from facm_platform.config.sections import DataConfig, RunConfig
-from facm_platform.latents import LatentManifest, LatentStream
+from facm_platform.latents import LatentManifest
 from facm_platform.registry import ArtifactConfig
-from facm_platform.storage import absolute
 from facm_platform.training.config import TrainConfig, WorkersConfig
-from facm_platform.training.run import check_batch, check_run, execute, memory_estimate
+from facm_platform.training.run import (
+    check_batch,
+    check_run,
+    execute,
+    memory_estimate,
+    open_data,
+)
 from facm_platform.training.task import TrainingTask
 
 
@@ -131,7 +136,7 @@ class PretrainPlan:
         return TrainingTask(
             job="pretrain",
             folder_uri=self.folder_uri,
-            stream=LatentStream(self.data_uri, manifest, config.train.seed),
+            stream=config.train.stream(self.data_uri, manifest),
             objective=config.objective,
             train=config.train,
             teacher_uri=None,
@@ -145,12 +150,11 @@ def prepare(config: PretrainConfig) -> PretrainPlan:
     """Validate a pre-training without touching a cluster.
 
     Raises:
-        InvalidInputError: see `check_run`, `check_batch`, `LatentManifest.load`; or a network that
+        InvalidInputError: see `check_run`, `check_batch`, `open_data`; or a network that
             does not fit the latents.
     """
     check_batch(config.train, config.workers)
-    data_uri = absolute(config.data.uri, "data.uri")
-    manifest = LatentManifest.load(data_uri)
+    data_uri, manifest = open_data(config.data)
     _, height, width = manifest.latent_shape
     for holds, problem in (
         (height == width, f"latents {manifest.latent_shape} are not square"),

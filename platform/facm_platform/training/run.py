@@ -14,7 +14,9 @@ from facm_core.models import LightningDiTConfig
 from facm_platform import storage
 from facm_platform.cluster import connected
 from facm_platform.config import JobResult, as_dict
-from facm_platform.config.sections import RunConfig
+from facm_platform.config.sections import DataConfig, RunConfig
+from facm_platform.latents import LatentManifest
+from facm_platform.latents.inspection import check_small_set
 from facm_platform.tracking import (
     check_run_name,
     check_store,
@@ -33,8 +35,12 @@ Lineage = Mapping[str, str]
 
 
 def identity(config: Any, lineage: Lineage) -> str:
-    """What makes a run that run and no other: its config, and the hashes of its inputs."""
-    return OmegaConf.to_yaml({"config": as_dict(config), "made_from": dict(lineage)})
+    """What makes a run that run and no other: its config, and the hashes of its inputs.
+
+    Not who does the work: the same batches come of any number of workers.
+    """
+    determining = {name: value for name, value in as_dict(config).items() if name != "workers"}
+    return OmegaConf.to_yaml({"config": determining, "made_from": dict(lineage)})
 
 
 def check_run(run: RunConfig, config: Any, lineage: Lineage) -> str:
@@ -60,6 +66,18 @@ def check_run(run: RunConfig, config: Any, lineage: Lineage) -> str:
             "Use another run.name, or the same config and inputs to resume the run",
         )
     return folder
+
+
+def open_data(data: DataConfig) -> tuple[str, LatentManifest]:
+    """Absolute address and manifest of the latent set, which is whole as far as can be told soon.
+
+    Raises:
+        InvalidInputError: see `LatentManifest.load` and `check_small_set`.
+    """
+    uri = storage.absolute(data.uri, "data.uri")
+    manifest = LatentManifest.load(uri)
+    check_small_set(uri, manifest, "data.uri")
+    return uri, manifest
 
 
 def check_batch(train: TrainConfig, workers: WorkersConfig) -> None:

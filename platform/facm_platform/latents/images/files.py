@@ -10,7 +10,6 @@ from pyarrow import fs
 
 from facm_core.errors import InvalidInputError, require
 from facm_platform import storage
-from facm_platform.storage.listing import iter_files
 
 FETCH_BYTES = 8 << 20
 """Read at once from a file that is read as a stream: an object store sends so much per request."""
@@ -36,12 +35,12 @@ class SourceFiles:
         """Names relative to the folder, in order; hidden files and those in hidden folders not.
 
         Raises:
-            InvalidInputError: see `facm_platform.storage.listing.iter_files`.
+            InvalidInputError: see `facm_platform.storage.iter_files`.
         """
         if self.is_file:
             yield storage.filesystem(self.uri, self._uri_field)[1].rpartition("/")[2]
             return
-        for name, _ in iter_files(self.uri, self._uri_field):
+        for name, _ in storage.iter_files(self.uri, self._uri_field):
             if name.lower().endswith(self.suffixes) and not is_hidden(name):
                 yield name
 
