@@ -106,8 +106,6 @@ def check_small_set(uri: str, manifest: LatentManifest, field: str) -> None:
         problem = _problem(uri, manifest.row_format, part)
         remedy = "Restore it, or make the set again with overwrite=true"
         require(problem is None, field, uri, f"{part.name}: {problem}", remedy)
-            problem is None, field, uri, f"{part.name}: {problem}", _REMEDY.format("it").rstrip(".")
-        )
 
 
 def stats(uri: str) -> JobResult:
