@@ -32,6 +32,9 @@ READ_AHEAD_BYTES = 512 << 20
 
 # Bounds the plan that Ray Data keeps in memory: a longer stream becomes several executions.
 _TASKS_PER_EXECUTION = 1024
+# In how many rounds the rows of a task are dealt out: the first batch waits for two of them.
+_ROUNDS = 4
+
 _NUMBER = "number"
 
 Make = Callable[[], list[DataIterator]]
@@ -156,7 +159,10 @@ class _StreamDatasource(Datasource):
             ReadTask(
                 partial(_dealt, task, workers),
                 BlockMetadata(
-                    num_rows=workers, size_bytes=_bytes(task), input_files=None, exec_stats=None
+                    num_rows=_ROUNDS * workers,
+                    size_bytes=_bytes(task),
+                    input_files=None,
+                    exec_stats=None,
                 ),
             )
             for task in tasks
@@ -182,9 +188,14 @@ def _bytes(task: StreamTask) -> int:
 
 
 def _dealt(task: StreamTask, workers: int) -> Iterator[pa.Table]:
-    for worker, table in enumerate(read(task, workers)):
-        number = task.number + (worker - task.number) % workers
-        yield packed(table).append_column(_NUMBER, pa.array([number]))
+    """Every worker's share of `task`, some rows of each at a time."""
+    tables = read(task, workers)
+    firsts = [task.number + (worker - task.number) % workers for worker in range(workers)]
+    for turn in range(_ROUNDS):
+        for table, first in zip(tables, firsts, strict=True):
+            start, stop = (len(table) * edge // _ROUNDS for edge in (turn, turn + 1))
+            number = pa.array([first + start * workers])
+            yield packed(table[start:stop]).append_column(_NUMBER, number)
 
 
 def _one_ahead(batches: Iterator[Batch]) -> Iterator[Batch]:

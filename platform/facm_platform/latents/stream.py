@@ -16,15 +16,17 @@ rows, whatever the size of the set.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
+from pyarrow.fs import LocalFileSystem
 
 from facm_core.errors import InvalidInputError, require
 from facm_platform import storage
@@ -294,13 +296,20 @@ class _RowGroups:
 
     def of(self, window: Window) -> Iterator[tuple[RowGroup, pa.Table]]:
         """Every row group of the window with all its rows, in stored order."""
-        missing = [group for group in window.groups if group not in self._kept]
         with ThreadPoolExecutor(_READERS) as pool:
-            loaded = dict(zip(missing, pool.map(partial(_load, self.task), missing), strict=True))
+            coming: deque[Future[pa.Table]] = deque()
+            for index, group in enumerate(window.groups):
+                for ahead in window.groups[index + len(coming) : index + _READERS]:
+                    coming.append(pool.submit(self._table, ahead))
+                yield group, coming.popleft().result()
+
+    def _table(self, group: RowGroup) -> pa.Table:
+        if group in self._kept:
+            return self._kept[group]
+        table = _load(self.task, group)
         if len(self.task.windows) > 1:
-            self._kept |= loaded
-        for group in window.groups:
-            yield group, loaded.pop(group) if group in loaded else self._kept[group]
+            self._kept[group] = table
+        return table
 
 
 def _load(task: StreamTask, group: RowGroup) -> pa.Table:
@@ -311,7 +320,11 @@ def _load(task: StreamTask, group: RowGroup) -> pa.Table:
         with (
             storage.explained(uri, "part"),
             pq.ParquetFile(
-                path, filesystem=store, pre_buffer=True, page_checksum_verification=True
+                path,
+                filesystem=store,
+                # One request for a row group; from a disk, only a detour.
+                pre_buffer=not isinstance(store, LocalFileSystem),
+                page_checksum_verification=True,
             ) as file,
         ):
             table = file.read_row_group(group.index, columns=schema.names)
