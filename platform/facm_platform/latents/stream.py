@@ -275,7 +275,8 @@ class _Hand:
         """Put the given `rows` of a row group where their numbers belong."""
         slots = (numbers - self._first) // self._workers
         for name, mine in self._values.items():
-            mine[slots] = values[name][rows]
+            # All of them, where one worker takes a whole window: without the copy.
+            mine[slots] = values[name] if len(rows) == len(values[name]) else values[name][rows]
         self._keys.append(keys.take(pa.array(rows)))
         self._slots.append(slots)
 
