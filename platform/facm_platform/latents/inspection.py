@@ -25,8 +25,8 @@ from facm_core.errors import InvalidInputError, require
 from facm_platform import storage
 from facm_platform.config.job import JobResult, Refused
 from facm_platform.latents.manifest import LatentManifest, Part
+from facm_platform.latents.parts import bad_part, opened_part
 from facm_platform.latents.statistics import ChannelStatistics
-from facm_platform.latents.stream import bad_part
 from facm_platform.latents.tables import LABEL, RowFormat, rebatch, values_of
 from facm_platform.progress import time_left
 
@@ -194,19 +194,10 @@ def _opened(uri: str, format: RowFormat, part: Part) -> Iterator[pq.ParquetFile]
         InvalidInputError: a part that is missing, damaged or not what the manifest says.
     """
     address = storage.join(uri, part.name)
-    store, path = storage.filesystem(address)
-    try:
-        with (
-            storage.explained(address, "part"),
-            pq.ParquetFile(
-                path, filesystem=store, pre_buffer=True, page_checksum_verification=True
-            ) as file,
-        ):
-            if problem := _footer_problem(file, format, part):
-                raise bad_part(address, problem)
-            yield file
-    except (OSError, pa.ArrowException) as error:
-        raise bad_part(address, f"damaged or missing ({_first_line(error)})") from error
+    with opened_part(address) as file:
+        if problem := _footer_problem(file, format, part):
+            raise bad_part(address, problem)
+        yield file
 
 
 def _footer_problem(file: pq.ParquetFile, format: RowFormat, part: Part) -> str | None:

@@ -19,7 +19,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
 from safetensors import safe_open
@@ -33,6 +32,7 @@ from facm_platform.config.sections import RunConfig
 from facm_platform.latents.autoencoder import open_autoencoder
 from facm_platform.latents.build import BuildersConfig, BuildPlan, Floats, Piece, SetBuild
 from facm_platform.latents.manifest import LatentManifest, Quarantined
+from facm_platform.latents.parts import opened_part
 from facm_platform.latents.tables import (
     KEY,
     LABEL,
@@ -206,8 +206,8 @@ def export(uri: str, folder: str) -> JobResult:
 
 
 def _export_part(uri: str, folder_uri: str, manifest: LatentManifest, index: int) -> None:
-    store, path = storage.filesystem(storage.join(uri, manifest.parts[index].name))
-    table = pq.read_table(path, filesystem=store)
+    with opened_part(storage.join(uri, manifest.parts[index].name)) as file:
+        table = file.read()
     tensors = {
         _NAMES[column]: torch.from_numpy(values_of(table, column).copy())
         for column in manifest.schema.names

@@ -24,14 +24,13 @@ from functools import cached_property
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
-from pyarrow.fs import LocalFileSystem
 
-from facm_core.errors import InvalidInputError, require
+from facm_core.errors import require
 from facm_platform import storage
 from facm_platform.latents.draw import latents_drawn
 from facm_platform.latents.manifest import LatentManifest
+from facm_platform.latents.parts import bad_part, opened_part
 from facm_platform.latents.tables import KEY, LABEL, LATENT, RowFormat, values_of
 
 WINDOW_GROUPS = 8
@@ -316,21 +315,8 @@ class _RowGroups:
 def _load(task: StreamTask, group: RowGroup) -> pa.Table:
     uri = storage.join(task.uri, group.part)
     schema = task.format.schema
-    store, path = storage.filesystem(uri)
-    try:
-        with (
-            storage.explained(uri, "part"),
-            pq.ParquetFile(
-                path,
-                filesystem=store,
-                # One request for a row group; from a disk, only a detour.
-                pre_buffer=not isinstance(store, LocalFileSystem),
-                page_checksum_verification=True,
-            ) as file,
-        ):
-            table = file.read_row_group(group.index, columns=schema.names)
-    except (OSError, pa.ArrowException, IndexError) as error:
-        raise bad_part(uri, f"damaged or missing ({str(error).splitlines()[0]})") from error
+    with opened_part(uri) as file:
+        table = file.read_row_group(group.index, columns=schema.names)
     if table.schema.names != schema.names or table.schema.types != schema.types:
         raise bad_part(uri, f"its columns are {table.schema.types}, not {schema.types}")
     nulls = sum(column.null_count for column in table.columns)
@@ -341,12 +327,6 @@ def _load(task: StreamTask, group: RowGroup) -> pa.Table:
             f"where the manifest says {group.rows} and none",
         )
     return table
-
-
-def bad_part(uri: str, problem: str) -> InvalidInputError:
-    """A part that is not what the manifest says."""
-    remedy = "Restore this file, or make the set again with overwrite=true"
-    return InvalidInputError("part", uri, problem, remedy)
 
 
 def _correlation(window: Indices, rows: Indices) -> float:
