@@ -19,7 +19,7 @@ from facm_platform.registry import load_artifact
 from facm_platform.training.config import TrainConfig
 from facm_platform.training.context import LocalContext, single_process_group
 from facm_platform.training.loop import train
-from tests.training.conftest import MakeTask, plain_distillation, weights
+from tests.training.conftest import TRAIN, MakeTask, plain_distillation, weights
 
 
 @pytest.fixture(autouse=True)
@@ -166,3 +166,13 @@ def test_training_settings_are_validated() -> None:
     with pytest.raises(InvalidInputError, match=r"export_sigma_rel = 0.1: not one of"):
         TrainConfig(images=1, export_sigma_rel=0.1)
     assert TrainConfig(images=1025, global_batch_size=1024).total_images == 2048
+
+
+def test_the_settings_make_the_order(make_task: MakeTask) -> None:
+    stream = make_task().stream
+    settings = replace(TRAIN, seed=3, window_groups=5)
+    assert settings.stream(stream.uri, stream.manifest) == LatentStream(
+        stream.uri, stream.manifest, seed=3, window_groups=5
+    )
+    with pytest.raises(InvalidInputError, match="window_groups = 0: below 1"):
+        replace(TRAIN, window_groups=0)
