@@ -165,6 +165,17 @@ def test_a_place_that_is_taken_is_refused_and_replaced_when_told(tmp_path: Path)
     assert build(uri, reader(), overwrite=True).run("encode").rows == 40
 
 
+def test_a_set_that_was_finished_in_the_meantime_is_not_touched(tmp_path: Path) -> None:
+    uri = str(tmp_path / "set")
+    late = build(uri, reader(broken=(5,)), sha256="two")
+    assert late.finished() is None
+    build(uri, reader()).run("encode")
+    before = contents(uri)
+    with pytest.raises(InvalidInputError, match=r"another latent set .* lies there by now"):
+        late.run("encode")
+    assert contents(uri) == before
+
+
 def test_of_two_that_finish_the_second_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

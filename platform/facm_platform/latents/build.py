@@ -164,6 +164,12 @@ class SetBuild:
             storage.create_bytes(self._progress(_SET), self._claim_text)
         except FileExistsError:
             self._check_claim()
+        # Finished by another program since `finished` looked: its parts are not to be touched.
+        if storage.exists(storage.join(self.uri, MANIFEST)):
+            storage.delete_file(self._progress(_SET))
+            raise InvalidInputError(
+                "output_uri", self.uri, _TAKEN.format("lies there by now"), _ANOTHER
+            )
 
     def _check_free(self, names: Iterable[str]) -> None:
         """Nothing lies there but what a build of this set, or a replaceable one, has left."""
