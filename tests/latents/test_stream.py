@@ -2,7 +2,6 @@
 
 import dataclasses
 import pickle
-import time
 import tracemalloc
 from collections import Counter
 from itertools import islice, pairwise
@@ -208,10 +207,9 @@ def test_a_tiny_set_for_many_epochs_is_a_few_tasks(latent_set: Set) -> None:
 
 
 def test_memory_follows_row_groups_not_rows(latent_set: Set) -> None:
-    """A set of 100 million rows of 16 KB: a few megabytes, and no time, to plan."""
+    """A set of 100 million rows of 16 KB: a few megabytes to plan."""
     stream = LatentStream("s3://bucket/set", huge(latent_set[1], 6250), 0)
 
-    started = time.perf_counter()
     tracemalloc.start()
     tasks = list(islice(stream.tasks(170_000_000, 300_000_000), 20))
     _, peak = tracemalloc.get_traced_memory()
@@ -219,7 +217,6 @@ def test_memory_follows_row_groups_not_rows(latent_set: Set) -> None:
 
     # A few numbers for each of 100,000 row groups; one for each row were 800 MB.
     assert peak < 50e6
-    assert time.perf_counter() - started < 5
     assert max(len(pickle.dumps(task)) for task in tasks) < 4000
     assert {task.rows for task in tasks[1:]} == {8000}
 
