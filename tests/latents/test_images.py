@@ -30,7 +30,6 @@ from facm_platform.latents.images import (
     ImagesConfig,
     ImageSource,
     Sample,
-    files,
     image_source,
 )
 from facm_platform.latents.images.pixels import decode
@@ -391,7 +390,7 @@ def test_the_memory_of_a_listing_does_not_grow_with_it(
         def listing(*_: object) -> Iterator[tuple[str, int]]:
             yield from ((f"class/{number:09d}.jpg", 1) for number in range(names))
 
-        monkeypatch.setattr(files, "iter_files", listing)
+        monkeypatch.setattr("facm_platform.storage.iter_files", listing)
         tracemalloc.start()
         found = sum(len(piece["files"]) for piece in source.pieces(16, 0))
         peak = tracemalloc.get_traced_memory()[1]

@@ -17,7 +17,6 @@ from botocore.exceptions import ClientError
 from pyarrow import fs
 
 from facm_platform.storage.failures import explained
-from facm_platform.storage.listing import iter_files
 from facm_platform.storage.stores import TRIES, client, filesystem
 from facm_platform.storage.uris import bucket_and_key, is_local, local_path
 
@@ -59,7 +58,19 @@ def read_text(uri: str) -> str:
 
 def list_files(uri: str) -> dict[str, int]:
     """Bytes of every file below the folder `uri`, by its name relative to it; {} for no folder."""
-    return {name: size for name, size in iter_files(uri) if not _is_temporary(name)}
+    store, path = filesystem(uri)
+    try:
+        # Not allow_not_found: with it, a bucket that does not exist reads as an empty folder.
+        with explained(uri):
+            found = store.get_file_info(fs.FileSelector(path, recursive=True))
+    except FileNotFoundError:
+        return {}
+    files = [info for info in found if info.type == fs.FileType.File]
+    return {
+        info.path[len(path) :].lstrip("/"): info.size
+        for info in files
+        if not _is_temporary(info.base_name)
+    }
 
 
 def write_bytes(uri: str, content: bytes) -> None:
@@ -155,7 +166,7 @@ def _temporary(path: Path) -> Iterator[Path]:
 
 
 def _is_temporary(name: str) -> bool:
-    return name.rpartition("/")[2].startswith(".") and name.endswith(".tmp")
+    return name.startswith(".") and name.endswith(".tmp")
 
 
 def _sync(path: Path) -> None:
