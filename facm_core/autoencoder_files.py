@@ -76,8 +76,8 @@ def read_diffusers_folder(path: Path, field: str) -> tuple[Any, LoadReport]:
     old = any(".query." in key for key in weights)
 
     def name_in_file(name: str) -> str:
-        for now, before in _OLD_ATTENTION.items() if old else ():
-            name = name.replace(f".{now}.", f".{before}.")
+        for today, before in _OLD_ATTENTION.items() if old else ():
+            name = name.replace(f".{today}.", f".{before}.")
         return name
 
     module = _build(config, weights, name_in_file, path, field)
