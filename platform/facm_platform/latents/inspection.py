@@ -25,7 +25,7 @@ from facm_core.errors import InvalidInputError, require
 from facm_platform import storage
 from facm_platform.config.job import JobResult, Refused
 from facm_platform.latents.manifest import LatentManifest, Part
-from facm_platform.latents.parts import bad_part, opened_part
+from facm_platform.latents.parts import bad_part, first_line, opened_part
 from facm_platform.latents.statistics import ChannelStatistics
 from facm_platform.latents.tables import LABEL, RowFormat, rebatch, values_of
 from facm_platform.progress import time_left
@@ -223,7 +223,7 @@ def _problem(uri: str, format: RowFormat, part: Part) -> str | None:
         with storage.explained(address):
             size, sha256 = _hashed(address)
     except OSError as error:
-        return f"it cannot be read ({_first_line(error)})"
+        return f"it cannot be read ({first_line(error)})"
     if size != part.bytes:
         return f"it has {size} bytes, not {part.bytes}"
     if sha256 != part.sha256:
@@ -244,10 +244,6 @@ def _hashed(uri: str) -> tuple[int, str]:
             size += len(piece)
             digest.update(piece)
     return size, digest.hexdigest()
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 # --- inspect ------------------------------------------------------------------------------------

@@ -34,11 +34,15 @@ def opened_part(uri: str) -> Iterator[pq.ParquetFile]:
         ):
             yield file
     except (OSError, pa.ArrowException, IndexError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise bad_part(uri, f"damaged or missing ({reason})") from error
+        raise bad_part(uri, f"damaged or missing ({first_line(error)})") from error
 
 
 def bad_part(uri: str, problem: str) -> InvalidInputError:
     """A part that is not what the manifest says."""
     remedy = "Restore this file, or make the set again with overwrite=true"
     return InvalidInputError("part", uri, problem, remedy)
+
+
+def first_line(error: Exception) -> str:
+    """What a library says of a failure, without its stack."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
