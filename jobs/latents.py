@@ -27,7 +27,9 @@ if __name__ == "__main__":
         "--output", metavar="PNG", default="latents.png", help="file or s3:// address (latents.png)"
     )
     options[export].add_argument("folder", metavar="FOLDER", help="an empty folder, or s3://")
-    options[benchmark].add_argument("--rows", type=int, default=20_000, help="of the set (20,000)")
+    options[benchmark].add_argument(
+        "--rows", type=int, default=100_000, help="of the set (100,000)"
+    )
     options[benchmark].add_argument("--batch", type=int, default=256, help="rows a batch (256)")
     arguments = vars(parser.parse_args())
     raise SystemExit(report(partial(arguments.pop("command"), **arguments)))

@@ -42,8 +42,13 @@ class FaultyS3(ThreadingHTTPServer):
     block_on_close = False
     request_queue_size = 128
 
-    def __init__(self, upstream: str, faults: Iterator[str]) -> None:
-        super().__init__(("127.0.0.1", 0), _Forward)
+    def __init__(
+        self,
+        upstream: str,
+        faults: Iterator[str],
+        handler: type[BaseHTTPRequestHandler] | None = None,
+    ) -> None:
+        super().__init__(("127.0.0.1", 0), handler or Forward)
         at = urlsplit(upstream)
         self.upstream = (at.hostname or "", at.port or 80)
         self.url = f"http://127.0.0.1:{self.server_port}"
@@ -88,7 +93,7 @@ class FaultyS3(ThreadingHTTPServer):
             self.errors.append(repr(error))
 
 
-class _Forward(BaseHTTPRequestHandler):
+class Forward(BaseHTTPRequestHandler):
     server: FaultyS3
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True

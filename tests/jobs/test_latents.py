@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from safetensors.numpy import save_file
 from facm_platform.latents import LatentManifest
 from tests.jobs.conftest import RunJob, last_line
 from tests.small import write_digits
+from tests.swift_s3 import SwiftS3
 
 
 @pytest.mark.parametrize("command", ["inspect", "verify", "stats", "sample"])
@@ -68,14 +70,22 @@ def test_what_ends_a_worker_is_told_like_other_bad_input(run_job: RunJob, tmp_pa
 
 
 @pytest.mark.slow
-def test_the_benchmark_measures_what_it_says(run_job: RunJob, tmp_path: Path) -> None:
-    done = run_job("latents", "benchmark", "set", "--rows", "3000", "--batch", "100")
+def test_the_benchmark_measures_what_it_says(
+    run_job: RunJob, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    swift = SwiftS3(os.environ["AWS_ENDPOINT_URL"], tmp_path / "objects")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", swift.url)
+    done = run_job("latents", "benchmark", f"{bucket}/set", "--rows", "3000", "--batch", "100")
+
     assert done.returncode == 0, done.stderr
+    assert swift.errors == []
     metrics = last_line(done.stdout)["metrics"]
-    ways = ("one_safe_open_a_sample", "bare_pyarrow_loop", "stream")
-    assert {name.split(".")[0] for name in metrics} == set(ways)
-    assert all(metrics[f"{way}.rows_per_second"] > 0 for way in ways)
-    assert LatentManifest.load(str(tmp_path / "set")).rows == 3000
+    local = ("one_safe_open_a_sample", "bare_pyarrow_loop", "stream")
+    distant = ("bytes_from_object_store", "stream_from_object_store")
+    assert {name.split(".")[0] for name in metrics} == {*local, *distant}
+    assert all(metrics[f"{way}.rows_per_second"] > 0 for way in (*local, *distant))
+    assert LatentManifest.load(f"{bucket}/set").rows == 3000
+    swift.stop()
 
 
 def test_a_bad_part_is_refused_with_the_numbers(run_job: RunJob, tmp_path: Path) -> None:
