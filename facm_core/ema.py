@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from facm_core.errors import require
@@ -72,3 +74,44 @@ def _local(x: Tensor) -> Tensor:
     """This rank's shard of a distributed tensor, or the tensor itself."""
     to_local = getattr(x, "to_local", None)
     return x if to_local is None else to_local()
+
+
+def synthesis_weights(
+    snapshots: Sequence[tuple[int, float]], images_seen: int, sigma_rel: float
+) -> NDArray[np.float64]:
+    """Weights w such that Σᵢ wᵢ·snapshotᵢ comes closest to an average that was never tracked.
+
+    Snapshot i, and the average that is wanted, are mixtures of the weights of all steps; w makes
+    the least squares of the difference between these mixtures (EDM2, section 3.2, algorithm 3).
+
+    Args:
+        snapshots: Images seen and σ_rel of each, no two alike.
+        images_seen: Of the average that is wanted.
+        sigma_rel: Its width.
+
+    Returns:
+        A weight for each snapshot; they add up to about 1.
+
+    Raises:
+        InvalidInputError: there is no snapshot, one is taken later than the average is wanted for,
+            or two are alike.
+    """
+    remedy = "Use snapshots of one run, up to the images wanted"
+    require(bool(snapshots), "snapshots", snapshots, "there are none", remedy)
+    alike = len(set(snapshots)) < len(snapshots)
+    require(not alike, "snapshots", snapshots, "two are alike", remedy)
+    images = np.array([count for count, _ in snapshots], np.float64)
+    late = f"one is of more than images_seen = {images_seen}"
+    require(bool(images.max() <= images_seen), "snapshots", snapshots, late, remedy)
+    exponents = np.array([exponent_of(width) for _, width in snapshots])
+    between = _overlap(images[:, None], exponents[:, None], images, exponents)
+    wanted = _overlap(images, exponents, np.float64(images_seen), exponent_of(sigma_rel))
+    return np.asarray(np.linalg.lstsq(between, wanted, rcond=None)[0], np.float64)
+
+
+def _overlap(t_a: Any, exponent_a: Any, t_b: Any, exponent_b: Any) -> NDArray[np.float64]:
+    """∫ p_a·p_b, where p(τ) = (γ + 1)·τ^γ / t^(γ + 1) on [0, t] (EDM2, equation 135)."""
+    exponent = np.where(t_a < t_b, exponent_b, -exponent_a)
+    scale = (exponent_a + 1) * (exponent_b + 1) / (exponent_a + exponent_b + 1)
+    overlap: NDArray[np.float64] = scale * (t_a / t_b) ** exponent / np.maximum(t_a, t_b)
+    return overlap

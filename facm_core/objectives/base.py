@@ -52,9 +52,9 @@ class Draws:
         """Those that the objective asks for, as arguments of its call."""
         return {name: value for name, value in vars(self).items() if value is not None}
 
-    def share(self, rank: int, world_size: int) -> Draws:
-        """The draws of rows rank, rank + world_size, … of the batch: those of one worker."""
-        return Draws(**{name: value[rank::world_size] for name, value in self.given().items()})
+    def __getitem__(self, rows: slice) -> Draws:
+        """The draws of some rows of the batch."""
+        return Draws(**{name: value[rows] for name, value in self.given().items()})
 
     def to(self, device: torch.device) -> Draws:
         """The same numbers on `device`."""

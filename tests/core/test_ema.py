@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from facm_core.ema import PowerEMA, decay, exponent_of
+from facm_core.ema import PowerEMA, decay, exponent_of, synthesis_weights
 from facm_core.errors import InvalidInputError
 
 SIGMA_RELS = (0.05, 0.1, 0.2, 0.25)
@@ -100,3 +101,70 @@ def test_profiles_are_copies_in_the_layout_of_the_parameters() -> None:
 def test_impossible_widths(sigma_rel: float) -> None:
     with pytest.raises(InvalidInputError, match=r"^sigma_rel = "):
         PowerEMA(nn.Linear(1, 1), [0.1, sigma_rel])
+
+
+def walk(tracked: list[float]) -> tuple[PowerEMA, list[tuple[int, float]], list[torch.Tensor]]:
+    """256 drifting, noisy weights over 400 steps; averages of them, and ten snapshots of two."""
+    random = torch.Generator().manual_seed(0)
+    model = nn.Linear(256, 1, bias=False).double()
+    drift = torch.randn(1, 256, generator=random, dtype=torch.float64) / 100
+    ema = PowerEMA(model, tracked)
+    snapshots, averages = [], []
+    for step in range(1, 401):
+        noise = torch.randn(1, 256, generator=random, dtype=torch.float64) / 10
+        with torch.no_grad():
+            model.weight.add_(drift + noise)
+        ema.update(model, images_seen=step * 8, images_step=8)
+        if step % 40 == 0:
+            for width in (0.05, 0.2):
+                snapshots.append((step * 8, width))
+                averages.append(ema.profiles[str(width)]["weight"].clone())
+    return ema, snapshots, averages
+
+
+@pytest.mark.parametrize("sigma_rel", [0.06, 0.1, 0.15, 0.2, 0.25])
+def test_synthesis_is_near_the_average_tracked_all_along(sigma_rel: float) -> None:
+    ema, snapshots, averages = walk([0.05, 0.2, sigma_rel])
+    expected = ema.profiles[str(sigma_rel)]["weight"]
+    weights = synthesis_weights(snapshots, 3200, sigma_rel)
+    assert weights.sum() == pytest.approx(1, abs=0.01)
+    found = sum(w * average for w, average in zip(weights.tolist(), averages, strict=True))
+    assert (found - expected).norm() / expected.norm() < 0.01
+    # What was tracked is found again exactly, and no tracked one would have done.
+    if sigma_rel == 0.2:
+        assert (found - expected).norm() / expected.norm() < 1e-9
+    else:
+        nearest = min((average - expected).norm() for average in averages)
+        assert nearest > 2 * (found - expected).norm()
+
+
+def test_synthesis_for_an_earlier_moment_uses_earlier_snapshots() -> None:
+    _, snapshots, averages = walk([0.05, 0.2])
+    weights = synthesis_weights(snapshots[:8], 1280, 0.05)
+    assert weights == pytest.approx([0, 0, 0, 0, 0, 0, 1, 0], abs=1e-6)
+    assert len(averages) == 20
+
+
+def test_overlaps_are_the_integrals_they_stand_for() -> None:
+    """Where one snapshot must do, its weight is ⟨p, wanted⟩ / ⟨p, p⟩: by quadrature."""
+    t = (np.arange(4_000_000) + 0.5) * 200 / 4_000_000
+    snapshot, wanted = (
+        np.where(t < end, (g + 1) * t**g / end ** (g + 1), 0)
+        for end, g in ((150.0, exponent_of(0.1)), (200.0, exponent_of(0.2)))
+    )
+    expected = (snapshot * wanted).sum() / (snapshot * snapshot).sum()
+    assert synthesis_weights([(150, 0.1)], 200, 0.2) == pytest.approx([expected], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("snapshots", "problem"),
+    [
+        ([], "there are none"),
+        ([(100, 0.1), (300, 0.1)], "more than images_seen = 200"),
+        ([(100, 0.1), (100, 0.1)], "two are alike"),
+        ([(100, 0.5)], "sigma_rel = 0.5"),
+    ],
+)
+def test_impossible_syntheses(snapshots: list[tuple[int, float]], problem: str) -> None:
+    with pytest.raises(InvalidInputError, match=problem):
+        synthesis_weights(snapshots, 200, 0.1)

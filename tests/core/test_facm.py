@@ -193,7 +193,7 @@ def test_label_dropout_rate(rate: float) -> None:
 
 def test_rows_of_the_draws_are_those_of_the_batch() -> None:
     draws = FACM(config(label_dropout=0.5)).draw((8, 2), torch.Generator().manual_seed(0))
-    part = draws.share(2, 3)
+    part = draws[2::3]
     for name in ("x_0", "t", "dropped"):
         assert torch.equal(getattr(part, name), getattr(draws, name)[[2, 5]])
 

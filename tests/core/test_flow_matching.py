@@ -124,7 +124,7 @@ def test_workers_together_see_what_one_sees(workers: int, make_model: Any, make_
     draws = objective.draw(tuple(x_1.shape), torch.Generator().manual_seed(0))
     whole = objective(model, x_1, labels, **draws.given()).loss
     shares = [
-        objective(model, x_1[w::workers], labels[w::workers], **draws.share(w, workers).given())
+        objective(model, x_1[w::workers], labels[w::workers], **draws[w::workers].given())
         for w in range(workers)
     ]
     assert torch.stack([share.loss for share in shares]).mean().item() == pytest.approx(

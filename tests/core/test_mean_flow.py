@@ -218,7 +218,7 @@ def assert_rate(rows: Tensor, expected: float) -> None:
 
 def test_rows_of_the_draws_are_those_of_the_batch() -> None:
     draws = MeanFlow(config(interval_share=0.5)).draw((8, 2), torch.Generator().manual_seed(0))
-    part = draws.share(2, 3)
+    part = draws[2::3]
     for name in ("x_0", "t", "dropped", "r"):
         assert torch.equal(getattr(part, name), getattr(draws, name)[[2, 5]])
 

@@ -68,8 +68,8 @@ def said(recipe: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.M
         (["objective.conditioning=other"], ["objective.conditioning = 'other'", "auxiliary"]),
         (["objective.guidance.low=2"], ["objective.guidance.low = 2.0", "[2.0, 1.0]"]),
         (
-            ["train.global_batch_size=9"],
-            ["train.global_batch_size = 9", "workers.count = 2", "Use a multiple of 2"],
+            ["train.global_batch_size=1"],
+            ["train.global_batch_size = 1", "workers.max = 2", "larger batches"],
         ),
         (["data.uri=nowhere"], ["data.uri = ", "nowhere", "manifest.json", "jobs/encode.py"]),
         (["teacher.uri=nowhere"], ["teacher.uri = '", "nowhere'", "no such folder"]),

@@ -72,7 +72,7 @@ def pretrain(uri: str, runs: str) -> list[str]:
         "train.global_batch_size=80",
         "train.checkpoint_images=320",
         "train.log_images=320",
-        "workers.count=2",
+        "workers.max=2",
     )
 
 

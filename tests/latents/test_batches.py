@@ -95,7 +95,7 @@ def test_batches_are_whole_across_epochs_and_normalised(latent_set: Set) -> None
     ("rows", "problem"),
     [
         ((0, 70, 32), "stop_row = 70: no positive multiple of 32"),
-        ((0, 66, 33), "batch_rows = 33: no positive multiple of 2"),
+        ((0, 66, 1), "batch_rows = 1: less than a row for each of 2 workers"),
         ((0, 0, 32), "stop_row = 0: no positive"),
     ],
 )
@@ -107,12 +107,17 @@ def test_a_stretch_that_workers_cannot_share_is_refused(
 
 
 @pytest.mark.usefixtures("ray_cluster")
-@pytest.mark.parametrize("count", [1, 2, 3])
-def test_ray_deals_out_the_same_batches(latent_set: Set, count: int) -> None:
-    here = list(local_batches(stream_of(latent_set), 12, 12 + 240, 24))
-    dealt = of_all_workers(stream_of(latent_set), count, 12, 12 + 240, 24)
+@pytest.mark.parametrize(("count", "rows"), [(1, 24), (2, 24), (3, 24), (3, 40)])
+def test_ray_deals_out_the_same_batches(latent_set: Set, count: int, rows: int) -> None:
+    here = list(local_batches(stream_of(latent_set), 12, 12 + 240, rows))
+    dealt = of_all_workers(stream_of(latent_set), count, 12, 12 + 240, rows)
     for rank in range(count):
-        assert_equal(dealt[rank], share(here, rank, count))
+        # Where a batch begins, in the turn of the workers.
+        turns = [(rank - 12 - step * rows) % count for step in range(240 // rows)]
+        assert_equal(
+            dealt[rank],
+            [share([batch], turn, count)[0] for batch, turn in zip(here, turns, strict=True)],
+        )
 
 
 @pytest.fixture(scope="module")

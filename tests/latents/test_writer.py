@@ -100,7 +100,7 @@ def test_rebatch_keeps_every_row_in_order(size: int) -> None:
     table = FORMAT.table({"latent": latents, "label": labels, "key": keys})
     pieces = [table[a:b] for a, b in [(0, 1), (1, 20), (20, 30)]]
 
-    batches = list(rebatch(pieces, size))
+    batches = list(rebatch(pieces, itertools.repeat(size)))
 
     assert [key for b in batches for key in b.column("key").to_pylist()] == keys
     assert {len(batch) for batch in batches[:-1]} <= {size}

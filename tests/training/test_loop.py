@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import pickle
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, ClassVar
 
 import pytest
 import torch
-from torch.distributed.checkpoint.api import CheckpointException
 
 from facm_core.errors import InvalidInputError
 from facm_core.objectives import FACMConfig
 from facm_platform.latents import Batch, LatentStream
 from facm_platform.registry import load_artifact
+from facm_platform.training.checkpoint import RECORD
 from facm_platform.training.config import TrainConfig
 from facm_platform.training.context import LocalContext, single_process_group
 from facm_platform.training.loop import train
+from facm_platform.training.task import Hopeless, TrainingTask
 from tests.training.conftest import TRAIN, MakeTask, plain_distillation, weights
 
 
@@ -60,7 +64,8 @@ def test_resumed_run_ends_with_the_same_bits(
     with pytest.raises(Interrupted):
         # After 7 of 12 steps; the checkpoint is at 4 of them.
         train(halves, InterruptedContext(tmp_path / "halves", batches_left=7))
-    assert [path.name for path in (tmp_path / "halves").iterdir()] == ["checkpoint_000001"]
+    checkpoints = [path.name for path in (tmp_path / "halves").glob("checkpoint_*")]
+    assert checkpoints == ["checkpoint_000000000032"]
     train(halves, LocalContext(tmp_path / "halves"))
     expected, got = weights(whole), weights(halves)
     assert expected.keys() == got.keys()
@@ -100,8 +105,67 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(
 
 def test_too_many_of_them_end_the_run(make_task: MakeTask, tmp_path: Path) -> None:
     task = make_task()
-    with pytest.raises(FloatingPointError, match=r"10 steps in a row.*learning_rate"):
+    with pytest.raises(Hopeless, match=r"10 steps in a row.*learning_rate"):
         train(task, InterruptedContext(tmp_path / "run", poison=-2))
+
+
+def test_a_run_that_diverges_goes_back_and_on_with_other_draws(
+    make_task: MakeTask, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Steps 6 and 7 of 12 are bad; a checkpoint is at 4. The second time they are good."""
+    settings = replace(TRAIN, max_skipped_in_a_row=2, max_rollbacks=1)
+    task = make_task(train=settings, folder_uri=str(tmp_path / "run"))
+
+    class Bad(LocalContext):
+        bad: ClassVar[list[int]] = [6, 7]
+
+        def batches(self, *args: Any) -> Iterator[Batch]:
+            for index, batch in enumerate(super().batches(*args), args[1] // 8):
+                if index in self.bad:
+                    self.bad.remove(index)
+                    batch = replace(batch, latents=batch.latents * float("nan"))
+                yield batch
+
+    metrics = train(task, Bad(tmp_path / "run"))
+    assert (metrics["rollbacks"], metrics["skipped_steps"]) == (1, 0)
+    assert "resumed at 32 images" in capsys.readouterr().out
+    rolled_back = weights(task)
+
+    # As if it had been interrupted there, and gone on with the draws of the first rollback.
+    task = make_task(train=settings, folder_uri=str(tmp_path / "other"))
+    with pytest.raises(Interrupted):
+        train(task, InterruptedContext(tmp_path / "other", batches_left=4))
+    record = tmp_path / "other" / "checkpoint_000000000032" / RECORD
+    record.write_text(record.read_text().replace('"rollbacks": 0', '"rollbacks": 1'))
+    train(task, LocalContext(tmp_path / "other"))
+    expected = weights(task)
+    assert all(torch.equal(expected[name], rolled_back[name]) for name in expected)
+
+
+def test_one_rollback_more_than_allowed_ends_the_run(make_task: MakeTask, tmp_path: Path) -> None:
+    task = make_task(train=replace(TRAIN, max_skipped_in_a_row=2, max_rollbacks=3))
+
+    class Bad(LocalContext):
+        def batches(self, *args: Any) -> Iterator[Batch]:
+            for index, batch in enumerate(super().batches(*args), args[1] // 8):
+                bad = index >= 6
+                yield replace(batch, latents=batch.latents * float("nan")) if bad else batch
+
+    with pytest.raises(Hopeless, match=r"2 steps in a row were not finite, up to 64 images"):
+        train(task, Bad(tmp_path / "run"))
+    kept = list(Path(task.skipped_uri).glob("*/rank-0.safetensors"))
+    assert len(kept) == 2
+
+
+@pytest.mark.parametrize("micro_batch_size", [1, 3, 8])
+def test_a_batch_in_several_passes_is_the_same_batch(
+    make_task: MakeTask, tmp_path: Path, micro_batch_size: int
+) -> None:
+    task = make_task(train=replace(TRAIN, micro_batch_size=micro_batch_size))
+    train(task, LocalContext(tmp_path / "run"))
+    got = weights(task)
+    for name, expected in plain_distillation(task).items():
+        torch.testing.assert_close(got[name], expected, rtol=1e-4, atol=1e-6)
 
 
 def test_artifact_is_the_average_that_was_asked_for(make_task: MakeTask, tmp_path: Path) -> None:
@@ -147,18 +211,66 @@ def test_precision_and_recomputation(
     assert (losses["other"] != losses["plain"]) or precision == "float32"
 
 
-def test_checkpoint_metadata_cannot_run_code(make_task: MakeTask, tmp_path: Path) -> None:
-    task = make_task()
-    train(task, LocalContext(tmp_path / "run"))
-    (last,) = sorted((tmp_path / "run").glob("checkpoint_*"))[-1:]
+@pytest.fixture
+def checkpoint(make_task: MakeTask, tmp_path: Path) -> Path:
+    """The last one of a run that can be continued by training `make_task()` in "run"."""
+    train(make_task(), LocalContext(tmp_path / "run"))
+    return max((tmp_path / "run").glob("checkpoint_*"))
 
+
+def refused(task: TrainingTask, folder: Path) -> str:
+    """What the loop says of the last checkpoint in `folder`."""
+    with pytest.raises(Hopeless) as caught:
+        train(task, LocalContext(folder))
+    assert isinstance(caught.value.args[0], InvalidInputError)
+    return str(caught.value.args[0])
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "remove"])
+def test_a_damaged_checkpoint_is_refused_by_name(
+    make_task: MakeTask, checkpoint: Path, damage: str
+) -> None:
+    shard = checkpoint / "__0_0.distcp"
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.unlink()
+    if damage != "remove":
+        shard.write_bytes(content if damage == "flip" else content[:-1])
+    message = refused(make_task(), checkpoint.parent)
+    assert f"checkpoint = '{shard}': missing or damaged" in message
+    assert "Restore the file" in message
+
+
+def test_half_a_checkpoint_is_none(make_task: MakeTask, checkpoint: Path) -> None:
+    (checkpoint / RECORD).unlink()
+    assert "not a checkpoint, or half of one" in refused(make_task(), checkpoint.parent)
+
+
+def test_a_checkpoint_of_another_network_is_refused(make_task: MakeTask, checkpoint: Path) -> None:
+    task = make_task(objective=FACMConfig(conditioning="auxiliary"))
+    architecture = replace(task.artifact.architecture, second_time=True)
+    artifact = replace(task.artifact, architecture=architecture, conditioning="auxiliary")
+    message = refused(replace(task, artifact=artifact), checkpoint.parent)
+    assert "of another network or recipe: missing ema.0.05.r_embedder" in message
+    assert "unexpected" not in message
+
+
+def test_checkpoint_metadata_cannot_run_code(
+    make_task: MakeTask, checkpoint: Path, tmp_path: Path
+) -> None:
     class Attack:
         def __reduce__(self) -> tuple[object, tuple[str]]:
             return os.mkdir, (str(tmp_path / "attacked"),)
 
-    (last / ".metadata").write_bytes(pickle.dumps(Attack()))
-    with pytest.raises(CheckpointException, match="mkdir: refused"):
-        train(task, LocalContext(tmp_path / "run"))
+    forged = pickle.dumps(Attack())
+    (checkpoint / ".metadata").write_bytes(forged)
+    assert "missing or damaged" in refused(make_task(), checkpoint.parent)
+
+    record = json.loads((checkpoint / RECORD).read_text())
+    sha256 = hashlib.sha256(forged).hexdigest()
+    record["files"][".metadata"] = {"bytes": len(forged), "sha256": sha256}
+    (checkpoint / RECORD).write_text(json.dumps(record))
+    assert "mkdir: refused" in refused(make_task(), checkpoint.parent)
     assert not (tmp_path / "attacked").exists()
 
 

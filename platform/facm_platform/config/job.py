@@ -97,7 +97,8 @@ def report(work: Callable[[], JobResult | None]) -> int:
     """Do `work`; print its result, if it has one, as a line of JSON, or say what is wrong.
 
     Returns:
-        Exit status: 0 done, 1 refused, 2 input that the user must mend (said on standard error).
+        Exit status: 0 done; 1 refused, or a run whose numbers are not finite; 2 input that the
+        user must mend. Why is said on standard error.
     """
     status = 0
     try:
@@ -105,6 +106,9 @@ def report(work: Callable[[], JobResult | None]) -> int:
     except Refused as refusal:
         print(f"refused: {refusal}", file=sys.stderr)
         status, result = 1, refusal.result
+    except FloatingPointError as error:
+        print(f"failed: {error}", file=sys.stderr)
+        return 1
     except Exception as error:
         to_mend = _input_error(error)
         if to_mend is None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import repeat
 
 import pyarrow as pa
 import torch
@@ -47,6 +48,10 @@ class Batch:
         """The same rows in page-locked memory."""
         return self._map(torch.Tensor.pin_memory)
 
+    def __getitem__(self, rows: slice) -> Batch:
+        part = self._map(lambda tensor: tensor[rows])
+        return replace(part, keys=self.keys[rows])
+
     def _map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
         condition = self.condition
         return Batch(
@@ -70,14 +75,14 @@ def local_batches(
     """
     require(batch_rows > 0, "batch_rows", batch_rows, "not positive", "Give at least 1")
     tables = (table for task in stream.tasks(start_row, stop_row) for table in read(task))
-    return batches_of(stream.manifest, tables, batch_rows)
+    return batches_of(stream.manifest, tables, repeat(batch_rows))
 
 
 def batches_of(
-    manifest: LatentManifest, tables: Iterable[pa.Table], batch_rows: int
+    manifest: LatentManifest, tables: Iterable[pa.Table], rows: Iterable[int]
 ) -> Iterator[Batch]:
-    """The rows of `tables` in the same order, `batch_rows` at a time."""
-    return (_batch(manifest, table) for table in rebatch(tables, batch_rows))
+    """The rows of `tables` in the same order, so many at a time (see `rebatch`)."""
+    return (_batch(manifest, table) for table in rebatch(tables, rows))
 
 
 def _batch(manifest: LatentManifest, table: pa.Table) -> Batch:

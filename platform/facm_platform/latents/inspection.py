@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import repeat
 from typing import Any, TypeVar
 
 import numpy as np
@@ -379,7 +380,7 @@ def _seen_in(uri: str, format: RowFormat, part: Part) -> _Seen:
     columns = list(format.latent_columns)
     with _opened(uri, format, part) as file:
         groups = (file.read_row_group(index, columns) for index in range(file.num_row_groups))
-        for table in rebatch(groups, max(1, _PIECE_BYTES // format.row_bytes)):
+        for table in rebatch(groups, repeat(max(1, _PIECE_BYTES // format.row_bytes))):
             for column in columns:
                 seen = seen.merge(_Seen.of(values_of(table, column), format))
     return seen

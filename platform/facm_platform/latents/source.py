@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
+from itertools import count, islice
 from typing import cast
 
 import pyarrow as pa
@@ -23,7 +23,7 @@ from ray.data.block import BlockMetadata
 from facm_core.errors import require
 from facm_platform.latents._ray_data import ordered_and_quiet
 from facm_platform.latents.batches import Batch, batches_of
-from facm_platform.latents.stream import LatentStream, StreamTask, read
+from facm_platform.latents.stream import LatentStream, StreamTask, dealt_to, read
 from facm_platform.latents.tables import packed, unpacked
 
 READ_TASK_CPUS = 0.25
@@ -54,40 +54,49 @@ class Worker:
     count: int
     from_rank_zero: Callable[[Make], list[DataIterator]]
 
+    def rows(self, first: int, rows: int) -> range:
+        """Which of the `rows` row numbers from `first` are this worker's."""
+        return dealt_to(self.rank, self.count, first, rows)
+
 
 def ray_batches(
     stream: LatentStream, worker: Worker, start_row: int, stop_row: int, batch_rows: int
 ) -> Iterator[Batch]:
     """This worker's rows of each batch of `batch_rows`, read by Ray; a collective of all workers.
 
-    Worker w of W gets the rows start_row ... stop_row - 1 whose number is w modulo W. To be called
-    where Ray is initialised; the cluster must have 0.25 CPU to spare beside the training workers,
-    or the first batch never comes.
+    Worker w of W gets the rows start_row ... stop_row - 1 whose number is w modulo W: of a batch
+    that W does not divide, one row more or less than others. To be called where Ray is
+    initialised; the cluster must have 0.25 CPU to spare beside the training workers, or the first
+    batch never comes.
 
     Raises:
-        InvalidInputError: the rows are no whole number of batches, or a batch no whole number of
-            shares; a part is damaged.
+        InvalidInputError: the rows are no whole number of batches, or a batch has none for some
+            worker; a part is damaged.
     """
-    for field, value, divisor in (
-        ("batch_rows", batch_rows, worker.count),
-        ("stop_row", stop_row - start_row, batch_rows),
-    ):
-        require(
-            value > 0 and value % divisor == 0,
-            field,
-            value,
-            f"no positive multiple of {divisor}",
-            "Give each worker the same whole number of rows of whole batches",
-        )
+    rows = stop_row - start_row
+    require(
+        batch_rows >= worker.count,
+        "batch_rows",
+        batch_rows,
+        f"less than a row for each of {worker.count} workers",
+        "Use larger batches or fewer workers",
+    )
+    require(
+        rows > 0 and rows % batch_rows == 0,
+        "stop_row",
+        rows,
+        f"no positive multiple of {batch_rows}",
+        "Read whole batches",
+    )
     return _batches(stream, worker, start_row, stop_row, batch_rows)
 
 
 def _batches(
     stream: LatentStream, worker: Worker, start_row: int, stop_row: int, batch_rows: int
 ) -> Iterator[Batch]:
-    share = batch_rows // worker.count
     for tasks in _executions(stream, start_row, stop_row, batch_rows):
-        batches = batches_of(stream.manifest, _shares(tasks, worker), share)
+        rows = (worker.rows(first, batch_rows) for first in count(tasks[0].number, batch_rows))
+        batches = batches_of(stream.manifest, _shares(tasks, worker), map(len, rows))
         if torch.cuda.is_available():
             batches = map(Batch.pinned, batches)
         yield from _one_ahead(batches)
@@ -112,7 +121,7 @@ def _shares(tasks: list[StreamTask], worker: Worker) -> Iterator[pa.Table]:
     """What this worker is dealt of `tasks`, in order."""
     iterators = worker.from_rank_zero(partial(_split, tasks, worker.count))
     schema = tasks[0].format.drawn().schema
-    expected = tasks[0].number + (worker.rank - tasks[0].number) % worker.count
+    expected = worker.rows(tasks[0].number, worker.count).start
     for share in _blocks(iterators[worker.rank]):
         number, table = share.column(_NUMBER)[0].as_py(), unpacked(share, schema)
         if number != expected:
@@ -190,7 +199,7 @@ def _bytes(task: StreamTask) -> int:
 def _dealt(task: StreamTask, workers: int) -> Iterator[pa.Table]:
     """Every worker's share of `task`, some rows of each at a time."""
     tables = read(task, workers)
-    firsts = [task.number + (worker - task.number) % workers for worker in range(workers)]
+    firsts = [dealt_to(worker, workers, task.number, workers).start for worker in range(workers)]
     for turn in range(_ROUNDS):
         for table, first in zip(tables, firsts, strict=True):
             start, stop = (len(table) * edge // _ROUNDS for edge in (turn, turn + 1))

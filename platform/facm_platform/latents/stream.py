@@ -209,6 +209,11 @@ def permutation(count: int, seed: Seed) -> Indices:
     return np.argsort(keys, kind="stable")
 
 
+def dealt_to(worker: int, workers: int, first: int, rows: int) -> range:
+    """Which of the `rows` row numbers from `first` are dealt to `worker`."""
+    return range(first + (worker - first) % workers, first + rows, workers)
+
+
 def read(task: StreamTask, workers: int = 1) -> list[pa.Table]:
     """The rows of `task`, dealt out: table w holds those whose number is w modulo `workers`.
 
@@ -251,10 +256,9 @@ class _Hand:
 
     def __init__(self, task: StreamTask, worker: int, workers: int) -> None:
         self.worker = worker
-        self._workers = workers
+        self._numbers = dealt_to(worker, workers, task.number, task.rows)
         self._format = task.format.drawn()
-        self._first = task.number + (worker - task.number) % workers
-        rows = len(range(self._first, task.number + task.rows, workers))
+        rows = len(self._numbers)
         self._values = {
             name: np.empty((rows, *shape), dtype)
             for name, (dtype, shape) in self._format.tensors.items()
@@ -272,7 +276,7 @@ class _Hand:
         numbers: Indices,
     ) -> None:
         """Put the given `rows` of a row group where their numbers belong."""
-        slots = (numbers - self._first) // self._workers
+        slots = (numbers - self._numbers.start) // self._numbers.step
         for name, mine in self._values.items():
             # All of them, where one worker takes a whole window: without the copy.
             mine[slots] = values[name] if len(rows) == len(values[name]) else values[name][rows]

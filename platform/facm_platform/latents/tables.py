@@ -135,17 +135,21 @@ def values_of(table: pa.Table, name: str) -> NDArray[Any]:
     return values.reshape(len(table), *column.type.shape)
 
 
-def rebatch(tables: Iterable[pa.Table], rows: int) -> Iterator[pa.Table]:
-    """The same rows in the same order, `rows` at a time; the last table may be shorter."""
+def rebatch(tables: Iterable[pa.Table], rows: Iterable[int]) -> Iterator[pa.Table]:
+    """The same rows in the same order, so many at a time (an endless iterable); the last
+    table may be shorter."""
+    sizes = iter(rows)
+    size = next(sizes)
     pending: list[pa.Table] = []
     pending_rows = 0
     for table in tables:
         start = 0
-        while pending_rows + len(table) - start >= rows:
-            stop = start + rows - pending_rows
+        while pending_rows + len(table) - start >= size:
+            stop = start + size - pending_rows
             pending.append(table.slice(start, stop - start))
             yield pa.concat_tables(pending)
             pending, pending_rows, start = [], 0, stop
+            size = next(sizes)
         if start < len(table):
             pending.append(table.slice(start))
             pending_rows += len(table) - start

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
+from itertools import repeat
 from pathlib import Path
 
 import numpy as np
@@ -52,7 +53,7 @@ def write_part(
             use_dictionary=False,
             write_page_checksum=True,
         ) as writer:
-            for group in rebatch(tables, max(1, row_group_bytes // format.row_bytes)):
+            for group in rebatch(tables, repeat(max(1, row_group_bytes // format.row_bytes))):
                 _check(group, name, format)
                 writer.write_table(group, row_group_size=len(group))
                 row_groups.append(len(group))

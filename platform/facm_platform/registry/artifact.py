@@ -111,6 +111,25 @@ class ArtifactConfig:
             )
         self.guidance  # noqa: B018  (validates its three fields)
 
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> ArtifactConfig:
+        """The inverse of `to_json`.
+
+        Raises:
+            InvalidInputError, ValueError, KeyError, TypeError or AttributeError: it is none.
+        """
+        architecture = dict(values["architecture"])
+        kind = architecture.pop("kind")
+        require(kind == _KIND, "kind", kind, "unknown architecture", f"This code knows {_KIND}")
+        names = ("recommended_nfe", "normalisation_mean", "normalisation_std")
+        tuples = {name: tuple(values[name]) for name in names}
+        return cls(**values | tuples | {"architecture": LightningDiTConfig(**architecture)})
+
+    def to_json(self) -> dict[str, Any]:
+        """All fields, as JSON holds them."""
+        values = dataclasses.asdict(self)
+        return values | {"architecture": {"kind": _KIND, **values["architecture"]}}
+
     @property
     def guidance(self) -> GuidanceConfig:
         """The three guidance fields."""
@@ -167,7 +186,8 @@ def save_artifact(
     sha256 = _file_sha256(folder / WEIGHTS)
     (folder / CARD).write_text(readme)
     with output_file(str(folder / CONFIG)) as file:
-        file.write_text(json.dumps(_to_json(config, sha256), indent=2) + "\n")
+        values = {**config.to_json(), "weights_sha256": sha256}
+        file.write_text(json.dumps(values, indent=2) + "\n")
     return sha256
 
 
@@ -230,22 +250,11 @@ def _check_tensors(
     )
 
 
-def _to_json(config: ArtifactConfig, sha256: str) -> dict[str, Any]:
-    values = dataclasses.asdict(config)
-    values["architecture"] = {"kind": _KIND, **values["architecture"]}
-    return {**values, "weights_sha256": sha256}
-
-
 def _read_config(file: Path, field: str, uri: str) -> tuple[ArtifactConfig, str]:
     try:
         values = json.loads(file.read_text())
         sha256 = values.pop("weights_sha256")
-        kind = values["architecture"].pop("kind")
-        require(kind == _KIND, "kind", kind, "unknown architecture", f"This code knows {_KIND}")
-        values["architecture"] = LightningDiTConfig(**values["architecture"])
-        for name in ("recommended_nfe", "normalisation_mean", "normalisation_std"):
-            values[name] = tuple(values[name])
-        return ArtifactConfig(**values), sha256
+        return ArtifactConfig.from_json(values), sha256
     except FileNotFoundError:
         raise _not_an_artifact(field, uri, f"{CONFIG} is missing") from None
     except InvalidInputError as error:

@@ -1,4 +1,7 @@
-"""The state of a run, and its form on disk: torch DCP shards and one JSON file.
+"""The state of a run, and its form on storage: torch DCP shards and a record of them.
+
+A checkpoint is a folder to which every rank contributed. ``checkpoint.json`` names all other files
+with their SHA-256, so that a folder half written, or damaged later, is never taken for one.
 
 Nothing read from storage is executed: tensors are read with ``weights_only``, and DCP's own
 metadata file, a pickle, through an unpickler that knows DCP's plain record types only.
@@ -6,25 +9,37 @@ metadata file, a pickle, through an unpickler that knows DCP's plain record type
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import pickle
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torch import optim
-from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import Metadata
+import torch
+import torch.distributed as dist
+from torch import Tensor, optim
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from facm_core.ema import PowerEMA
+from facm_core.errors import InvalidInputError, require
 from facm_core.models import LightningDiT
+from facm_platform.registry import ArtifactConfig
+from facm_platform.training.parallel import Group, differing_replicas
 
-PROGRESS = "progress.json"
-_PROGRESS_FIELDS = ("images_seen", "skipped_steps", "metrics")
+RECORD = "checkpoint.json"
+AVERAGES = "averages"
+"""Folder of a run in which the averages of every checkpoint stay when the checkpoint goes."""
+
+_FORMAT = 1
+_PROGRESS = ("images_seen", "skipped_steps", "rollbacks", "metrics")
 
 _RECORDS = {
     ("torch", "Size"),
@@ -51,8 +66,8 @@ _RECORDS = {
 class TrainState:
     """What a run is between two steps.
 
-    Random numbers and the data position are functions of (seed, images_seen): they need no state
-    of their own.
+    Random numbers and the data position are functions of (seed, images_seen, rollbacks): they need
+    no state of their own.
 
     Attributes:
         student: Sharded network under training.
@@ -60,6 +75,7 @@ class TrainState:
         ema: Its averages.
         images_seen: Images trained on.
         skipped_steps: Steps whose loss or gradient was not finite.
+        rollbacks: How often the run went back to a checkpoint because it diverged.
         metrics: Of the last log window.
     """
 
@@ -68,28 +84,59 @@ class TrainState:
     ema: PowerEMA
     images_seen: int = 0
     skipped_steps: int = 0
+    rollbacks: int = 0
     metrics: dict[str, float] = field(default_factory=dict)
 
-    def write(self, folder: Path, rank: int) -> None:
-        """Write this rank's shards; rank 0 adds the metadata."""
-        save(self._tensors()[0], checkpoint_id=folder)
-        if rank == 0:
-            progress = {name: getattr(self, name) for name in _PROGRESS_FIELDS}
-            (folder / PROGRESS).write_text(json.dumps(progress))
+    def __post_init__(self) -> None:
+        cuda = torch.cuda.is_available()
+        self._stager = DefaultStager(
+            StagingOptions(
+                use_pinned_memory=cuda,
+                use_shared_memory=False,
+                use_async_staging=False,
+                use_non_blocking_copy=cuda,
+            )
+        )
 
-    def read(self, folder: Path) -> None:
-        """Continue where a checkpoint left off; any number of ranks may read it."""
+    def staged(self, artifact: ArtifactConfig, keep_averages: bool) -> StagedState:
+        """A copy in this machine's memory, for writing while training goes on.
+
+        The next one takes its place: write this one before.
+
+        Args:
+            artifact: What the averages of this state are as models.
+            keep_averages: See `StagedState`.
+        """
+        tensors: Any = self._stager.stage(self._tensors()[0])
+        record = {name: getattr(self, name) for name in _PROGRESS}
+        record |= {"sigma_rels": list(self.ema.profiles), "artifact": artifact.to_json()}
+        return StagedState(tensors, record, keep_averages)
+
+    def read(self, folder: Path, group: Group = None) -> None:
+        """Continue where a checkpoint left off; any number of ranks may read it, all of them do.
+
+        Raises:
+            InvalidInputError: the same on every rank; not a checkpoint, a file is missing or
+                damaged, or it is of another network.
+        """
         state, groups = self._tensors()
-        load(state, storage_reader=PlainReader(folder))
+        record = _agreed(lambda: self._checked(folder, state, group), group)
+        load(state, storage_reader=PlainReader(folder), process_group=group)
         set_state_dict(
             self.student,
             self.optimizer,
             model_state_dict=state["student"],
             optim_state_dict={"state": state["optimizer"], "param_groups": groups},
         )
-        progress = json.loads((folder / PROGRESS).read_text())
-        for name in _PROGRESS_FIELDS:
-            setattr(self, name, progress[name])
+        for name in _PROGRESS:
+            setattr(self, name, record[name])
+
+    def _checked(self, folder: Path, state: Mapping[str, Any], group: Group) -> dict[str, Any]:
+        record = read_record(folder)
+        ranks, rank = dist.get_world_size(group), dist.get_rank(group)
+        check_files(folder, record, sorted(record["files"])[rank::ranks])
+        check_tensors(folder, dict(_flat(state)))
+        return record
 
     def _tensors(self) -> tuple[dict[str, Any], Any]:
         """What is stored, tensors only; and the optimizer's settings, which the recipe holds."""
@@ -98,13 +145,115 @@ class TrainState:
         return state, optimizer["param_groups"]
 
 
+@dataclass(frozen=True)
+class StagedState:
+    """A checkpoint that is not written yet.
+
+    Attributes:
+        tensors: This rank's shards, by name.
+        record: What ``checkpoint.json`` will hold besides the files.
+        keep_averages: Whether the averages stay when the checkpoint goes.
+    """
+
+    tensors: dict[str, Any]
+    record: dict[str, Any]
+    keep_averages: bool = False
+
+    def parts(self) -> list[tuple[str, StagedState]]:
+        """Folder and content: the averages that stay, and the checkpoint, which makes it count."""
+        name = f"checkpoint_{self.record['images_seen']:012d}"
+        averages = StagedState({"ema": self.tensors["ema"]}, self.record)
+        return [(f"{AVERAGES}/{name}", averages)] * self.keep_averages + [(name, self)]
+
+    def write(self, folder: Path, group: Group = None) -> None:
+        """Write this rank's files; rank 0 adds the metadata and the record. A collective."""
+        differing = differing_replicas(dict(_flat(self.tensors)), group)
+        if differing:
+            raise RuntimeError(f"the ranks {differing} hold other weights than their replicas")
+        writer = FileSystemWriter(folder, sync_files=False)
+        save(self.tensors, storage_writer=writer, process_group=group)
+        mine = {file.name: _described(file) for file in folder.iterdir()}
+        everyone: list[dict[str, Any]] = [{} for _ in range(dist.get_world_size(group))]
+        dist.all_gather_object(everyone, mine, group)
+        if dist.get_rank(group) == 0:
+            files = {name: file for of_rank in everyone for name, file in of_rank.items()}
+            record = {"format": _FORMAT, **self.record, "files": files}
+            (folder / RECORD).write_text(json.dumps(record, indent=1))
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """What ``checkpoint.json`` says.
+
+    Raises:
+        InvalidInputError: there is none, or one of another format.
+    """
+    try:
+        record: dict[str, Any] = json.loads((folder / RECORD).read_text())
+        version = record["format"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InvalidInputError(
+            "checkpoint",
+            str(folder),
+            f"no {RECORD} that can be read ({error}): not a checkpoint, or half of one",
+            "Give a folder checkpoint_… of a run",
+        ) from error
+    require(
+        version == _FORMAT,
+        "checkpoint",
+        str(folder),
+        f"its format is {version}, this code reads {_FORMAT}",
+        "Use the code that wrote it",
+    )
+    return record
+
+
+def check_files(folder: Path, record: Mapping[str, Any], names: Iterable[str]) -> None:
+    """Raise `InvalidInputError` unless the files of those `names` are what the record says."""
+    for name in names:
+        found = _described(folder / name) if (folder / name).is_file() else None
+        require(
+            found == record["files"][name],
+            "checkpoint",
+            str(folder / name),
+            f"missing or damaged: {found}, where {RECORD} says {record['files'][name]}",
+            "Restore the file from a copy, or go on from another checkpoint under another run.name",
+        )
+
+
+def check_tensors(folder: Path, expected: Mapping[str, Tensor]) -> None:
+    """Raise `InvalidInputError` unless the checkpoint holds tensors of those names and shapes."""
+    stored = PlainReader(folder).read_metadata().state_dict_metadata
+    findings = [f"missing {name}" for name in expected if name not in stored]
+    findings += [f"unexpected {name}" for name in stored if name not in expected]
+    for name in expected.keys() & stored.keys():
+        entry, wanted = stored[name], tuple(expected[name].shape)
+        if isinstance(entry, TensorStorageMetadata) and tuple(entry.size) != wanted:
+            findings.append(f"{name} is {tuple(entry.size)}, not {wanted}")
+    require(
+        not findings,
+        "checkpoint",
+        str(folder),
+        "it is of another network or recipe: " + "; ".join(sorted(findings)),
+        "Use the recipe that it was trained with",
+    )
+
+
 class PlainReader(FileSystemReader):
     """DCP's reader of a folder, with metadata that cannot run code."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """The checkpoint's metadata."""
+        """The checkpoint's metadata.
+
+        Raises:
+            InvalidInputError: it names anything but the records that DCP writes.
+        """
         content = (Path(self.path) / ".metadata").read_bytes()
-        metadata: Metadata = _RecordUnpickler(io.BytesIO(content)).load()
+        try:
+            metadata: Metadata = _RecordUnpickler(io.BytesIO(content)).load()
+        except pickle.UnpicklingError as error:
+            raise InvalidInputError(
+                "checkpoint", str(self.path), str(error), "Never load it: it is forged"
+            ) from error
         # As the base class does: which load this is, for its logs.
         if metadata.storage_meta is not None:
             metadata.storage_meta.load_id = self.load_id
@@ -114,5 +263,35 @@ class PlainReader(FileSystemReader):
 class _RecordUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in _RECORDS:
-            raise pickle.UnpicklingError(f"checkpoint metadata names {module}.{name}: refused")
+            raise pickle.UnpicklingError(f"its metadata names {module}.{name}: refused")
         return super().find_class(module, name)
+
+
+def _agreed(check: Any, group: Group) -> dict[str, Any]:
+    """The result of `check`, or on every rank the first error that it was on any."""
+    result, error = {}, None
+    try:
+        result = check()
+    except InvalidInputError as found:
+        error = found
+    errors: list[InvalidInputError | None] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(errors, error, group)
+    for one in errors:
+        if one is not None:
+            raise one
+    return result
+
+
+def _flat(state: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Tensors under the names that DCP gives them."""
+    for name, value in state.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+def _described(file: Path) -> dict[str, Any]:
+    with file.open("rb") as stream:
+        sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
+    return {"bytes": file.stat().st_size, "sha256": sha256}

@@ -13,25 +13,40 @@ from facm_platform.latents.stream import WINDOW_GROUPS
 
 @dataclass(frozen=True, kw_only=True)
 class WorkersConfig:
-    """Ray Train workers.
+    """Ray Train workers, each with a shard of every weight.
 
     Attributes:
-        count: Number of workers; each holds a shard of every weight. A run may go on with
-            another number.
+        max: How many work where there is room for them.
+        min: With how many the run starts, or goes on when machines are lost; it takes others in
+            when there is room again. None: no less than `max`. The steps are the same with any
+            number.
         cpus: Ray CPUs of a worker. Below one on small machines: Ray Data, which feeds the
             workers, waits for ever when they hold every CPU.
         gpu: One GPU a worker (NCCL), else CPU (gloo).
         max_failures: How often the run restarts from its last checkpoint.
+        stall_seconds: A worker that has waited so long for another, or for data, gives up, says
+            which one it waited for, and the run restarts.
     """
 
-    count: int = 2
+    max: int = 2
+    min: int | None = None
     cpus: float = 0.5
     gpu: bool = False
     max_failures: int = 3
+    stall_seconds: float = 1800.0
 
     def __post_init__(self) -> None:
-        require(self.count >= 1, "count", self.count, "below 1", "Use at least one worker")
+        require(self.max >= 1, "max", self.max, "below 1", "Use at least one worker")
+        require(
+            self.min is None or 1 <= self.min <= self.max,
+            "min",
+            self.min,
+            f"not in [1, max = {self.max}]",
+            "Use a number that is, or none",
+        )
         require(self.cpus > 0, "cpus", self.cpus, "not positive", "Use e.g. 0.5")
+        stall = self.stall_seconds
+        require(stall > 0, "stall_seconds", stall, "not positive", "Use e.g. 1800")
         require(self.max_failures >= 0, "max_failures", self.max_failures, "negative", "Use 0 or 3")
 
 
@@ -42,7 +57,13 @@ class TrainConfig:
     Attributes:
         images: Length of the run.
         global_batch_size: Images a step, over all workers.
-        learning_rate: AdamW's, constant after the warm-up.
+        micro_batch_size: Rows of a worker that pass through the network at once; gradients of
+            several passes are added up. None: all of its share.
+        learning_rate: AdamW's, after the warm-up.
+        schedule: What becomes of it then: ``constant``, or down to `final_learning_rate` at the
+            end of the run, ``linear`` or half a ``cosine``.
+        final_learning_rate: See `schedule`.
+        fused: AdamW in one kernel.
         betas: AdamW's.
         weight_decay: AdamW's.
         warmup_images: Linear warm-up from 0.
@@ -51,7 +72,14 @@ class TrainConfig:
         reshard_after_forward: A block's weights are gathered anew for each pass, so that no more
             than one block is whole at a time; else they stay whole until the optimizer's step,
             and a teacher's for ever: more memory, less communication.
+        shard_teacher: Whether each worker holds a shard of the teacher, or all of it: more memory,
+            less communication.
+        replicas: Groups of workers that hold a whole student each, sharded within the group (HSDP).
+            Divides the number of workers.
+        offload: Shards of weights, gradients and the optimizer's state live in the machine's
+            memory, and not in the GPU's.
         recompute: Blocks compute their activations again in the backward pass of the JVP.
+        compile: Blocks are compiled: slower to start, faster, and less memory.
         seed: Of initial weights, data order, noise, times and label dropout.
         window_groups: Row groups of the latent set, from all over it, that are shuffled together.
             A read task holds them in memory; a set sorted by class may want more.
@@ -59,28 +87,46 @@ class TrainConfig:
         export_sigma_rel: Which of them the model artefact holds.
         checkpoint_images: Distance between checkpoints.
         keep_checkpoints: How many are kept.
+        keep_averages: Whether the averages of the others are kept, from which `jobs/export.py`
+            makes an average of any width.
         log_images: Distance between logged metrics.
-        max_skipped_in_a_row: Non-finite steps are skipped; this many in a row end the run.
+        max_hours: The run ends, with a checkpoint and an artefact, so long after this command has
+            begun to train; the same command goes on from there. None: at `images`.
+        max_skipped_in_a_row: Non-finite steps are skipped, and their batches kept; this many in a
+            row end the run.
+        max_rollbacks: How often, instead, it goes back to its last checkpoint and on with other
+            noise, times and label dropout.
     """
 
     images: int
     global_batch_size: int = 1024
+    micro_batch_size: int | None = None
     learning_rate: float = 1e-4
+    schedule: str = "constant"
+    final_learning_rate: float = 0.0
+    fused: bool = False
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = 0.0
     warmup_images: int = 0
     max_grad_norm: float = 1.0
     precision: str = "float32"
     reshard_after_forward: bool = True
+    shard_teacher: bool = True
+    replicas: int = 1
+    offload: bool = False
     recompute: bool = False
+    compile: bool = False
     seed: int = 0
     window_groups: int = WINDOW_GROUPS
     ema_sigma_rels: tuple[float, ...] = (0.05, 0.2)
     export_sigma_rel: float = 0.2
     checkpoint_images: int = 1_000_000
     keep_checkpoints: int = 2
+    keep_averages: bool = True
     log_images: int = 10_000
+    max_hours: float | None = None
     max_skipped_in_a_row: int = 10
+    max_rollbacks: int = 0
 
     def __post_init__(self) -> None:
         for name in (
@@ -91,13 +137,22 @@ class TrainConfig:
             "log_images",
             "max_skipped_in_a_row",
             "window_groups",
+            "replicas",
         ):
             value = getattr(self, name)
             require(value >= 1, name, value, "below 1", "Use a whole number from 1")
+        micro = self.micro_batch_size
+        require(
+            micro is None or micro >= 1,
+            "micro_batch_size",
+            micro,
+            "below 1",
+            "Use a whole number from 1, or none",
+        )
         for name in ("learning_rate", "max_grad_norm"):
             value = getattr(self, name)
             require(0 < value < math.inf, name, value, "not positive", "Use a number above 0")
-        for name in ("weight_decay", "warmup_images", "seed"):
+        for name in ("weight_decay", "warmup_images", "seed", "max_rollbacks"):
             value = getattr(self, name)
             require(value >= 0, name, value, "negative", "Use 0 or more")
         require(
@@ -107,7 +162,19 @@ class TrainConfig:
             "not two numbers in [0, 1)",
             "Use e.g. [0.9, 0.999]",
         )
+        hours = self.max_hours
+        require(
+            hours is None or hours > 0, "max_hours", hours, "not positive", "Use e.g. 4, or none"
+        )
         require_one_of("precision", self.precision, ("float32", "bfloat16"))
+        require_one_of("schedule", self.schedule, ("constant", "linear", "cosine"))
+        require(
+            0 <= self.final_learning_rate <= self.learning_rate,
+            "final_learning_rate",
+            self.final_learning_rate,
+            f"not in [0, learning_rate = {self.learning_rate}]",
+            "Use 0 or a small share of it",
+        )
         for sigma_rel in self.ema_sigma_rels:
             exponent_of(sigma_rel)
         require(
@@ -117,6 +184,23 @@ class TrainConfig:
             f"not one of ema_sigma_rels = {list(self.ema_sigma_rels)}",
             "Track it, or export one that is tracked",
         )
+
+    def micro_batches(self, workers: int) -> int:
+        """In how many passes each of so many workers sees its rows of a batch."""
+        share = math.ceil(self.global_batch_size / workers)
+        return math.ceil(share / (self.micro_batch_size or share))
+
+    def learning_rate_at(self, images_seen: int) -> float:
+        """Of the step that ends at so many images."""
+        if images_seen < self.warmup_images:
+            return self.learning_rate * (images_seen / self.warmup_images)
+        if self.schedule == "constant":
+            return self.learning_rate
+        length = max(1, self.total_images - self.warmup_images)
+        left = 1 - (images_seen - self.warmup_images) / length
+        if self.schedule == "cosine":
+            left = (1 - math.cos(math.pi * left)) / 2
+        return self.final_learning_rate + (self.learning_rate - self.final_learning_rate) * left
 
     @property
     def total_images(self) -> int:

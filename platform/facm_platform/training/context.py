@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -15,7 +14,19 @@ from torch._C._distributed_c10d import HashStore
 
 from facm_platform.latents import Batch, LatentStream, local_batches
 
-WriteCheckpoint = Callable[[Path], None]
+
+class Staged(Protocol):
+    """A checkpoint that can be written while training goes on (see `StagedState`)."""
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """What is known of it; ``images_seen`` and ``metrics`` at least."""
+
+    def parts(self) -> Sequence[tuple[str, Staged]]:
+        """What is to be written, in this order, each with its folder's name in the run's."""
+
+    def write(self, folder: Path, group: dist.ProcessGroup | None = None) -> None:
+        """Write this rank's part; a collective of `group`."""
 
 
 class WorkerContext(Protocol):
@@ -25,26 +36,38 @@ class WorkerContext(Protocol):
     world_size: int
     device: torch.device
 
+    def moved(self, images_seen: int, doing: str) -> None:
+        """This rank gets on: it does this now, after so many images."""
+
+    def preempted(self) -> bool:
+        """Whether the machine of some rank is about to be taken away. A collective."""
+
     def batches(
         self, stream: LatentStream, start_row: int, stop_row: int, batch_rows: int
     ) -> Iterator[Batch]:
         """This rank's share of the rows [start_row, stop_row), in batches of all ranks together.
 
-        The rows whose number is the rank modulo the world size: `batch_rows` / `world_size` each.
+        The rows whose number is the rank modulo the world size (see `dealt_to`).
         """
 
     def last_checkpoint(self) -> AbstractContextManager[Path | None]:
         """The last committed checkpoint as a folder, None at the very start."""
 
-    def save_checkpoint(self, metrics: dict[str, float], write: WriteCheckpoint) -> None:
-        """Commit a checkpoint: every rank writes its part, all of them or none are kept."""
+    def save_checkpoint(self, stage: Callable[[], Staged], *, wait: bool = False) -> None:
+        """Commit a checkpoint: every rank writes its part, all of them or none are kept.
+
+        Args:
+            stage: Called once the checkpoint before this one is written; what it gives is written
+                after this function has returned.
+            wait: Return when the checkpoint is committed.
+        """
 
 
 class LocalContext:
     """A run inside this process: one rank, checkpoints in a folder.
 
     Args:
-        folder: Where checkpoints are kept, ``checkpoint_000001`` and so on.
+        folder: Where checkpoints are kept.
     """
 
     rank = 0
@@ -54,6 +77,13 @@ class LocalContext:
         self.device = torch.device(device)
         self.folder = folder
         self.folder.mkdir(parents=True, exist_ok=True)
+
+    def moved(self, images_seen: int, doing: str) -> None:
+        """Nobody waits for it."""
+
+    def preempted(self) -> bool:
+        """Nobody would tell."""
+        return False
 
     def batches(
         self, stream: LatentStream, start_row: int, stop_row: int, batch_rows: int
@@ -65,12 +95,14 @@ class LocalContext:
         """The newest checkpoint of the folder."""
         return nullcontext(max(self.folder.glob("checkpoint_*"), default=None))
 
-    def save_checkpoint(self, metrics: dict[str, float], write: WriteCheckpoint) -> None:
+    def save_checkpoint(self, stage: Callable[[], Staged], *, wait: bool = False) -> None:
         """Write beside the others, then rename."""
-        number = len(list(self.folder.glob("checkpoint_*"))) + 1
-        part = Path(tempfile.mkdtemp(dir=self.folder, prefix="part_"))
-        write(part)
-        shutil.move(part, self.folder / f"checkpoint_{number:06d}")
+        staged = stage()
+        for name, part in staged.parts():
+            folder = Path(tempfile.mkdtemp(dir=self.folder, prefix="part_"))
+            part.write(folder)
+            (self.folder / name).parent.mkdir(exist_ok=True)
+            folder.rename(self.folder / name)
 
 
 @contextmanager

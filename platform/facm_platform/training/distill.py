@@ -77,10 +77,10 @@ class DistillPlan:
         config, train = self.config, self.config.train
         return (
             f"distill {config.run.name}: {train.total_images:,} images in batches of "
-            f"{train.global_batch_size} on {config.workers.count} workers, from {self.data_uri} "
+            f"{train.global_batch_size} on {config.workers.max} workers, from {self.data_uri} "
             f"({self.manifest.rows:,} rows) to {self.folder_uri}\n"
             f"teacher: {self.teacher_uri} (sha256 {self.teacher.sha256})\n"
-            + memory_estimate(self.architecture, train, config.workers.count, distill=True)
+            + memory_estimate(self.architecture, train, config.workers, distill=True)
         )
 
     def execute(self) -> JobResult:

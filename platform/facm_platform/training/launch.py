@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
+from contextlib import closing
 from typing import Any, cast
 
 import torch
 from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchTrainer
+from ray.train.torch import TorchConfig, TorchTrainer
 
 from facm_platform.cluster import require_cpus
 from facm_platform.latents.source import READ_TASK_CPUS
@@ -16,7 +18,7 @@ from facm_platform.storage import filesystem
 from facm_platform.training.config import WorkersConfig
 from facm_platform.training.loop import train
 from facm_platform.training.ray_context import RayContext
-from facm_platform.training.task import TrainingTask
+from facm_platform.training.task import Hopeless, TrainingTask
 
 # A failed controller is started again this often; Ray's default is without end.
 _CONTROLLER_FAILURES = 3
@@ -29,9 +31,13 @@ def launch(task: TrainingTask, workers: WorkersConfig) -> dict[str, float]:
         Final metrics, from rank 0.
 
     Raises:
+        InvalidInputError: the workers do not fit, or the last checkpoint is damaged.
+        FloatingPointError: too many steps in a row were not finite.
         ray.train.TrainingFailedError: the workers failed more often than allowed.
     """
-    require_cpus("workers.count", workers.count * workers.cpus, spare=READ_TASK_CPUS)
+    fewest = workers.min or workers.max
+    elastic = fewest < workers.max
+    require_cpus("workers", fewest * workers.cpus, spare=READ_TASK_CPUS)
     # How often the controller looks at its workers, which is what a checkpoint's report waits for.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "120")
@@ -40,9 +46,12 @@ def launch(task: TrainingTask, workers: WorkersConfig) -> dict[str, float]:
     store, path = filesystem(folder)
     trainer = TorchTrainer(
         cast(Any, _work),  # typed for Train V1, which returned nothing
-        train_loop_config={"task": task, "threads": max(1, int(workers.cpus))},
+        train_loop_config={"task": task, "workers": workers},
+        # Beyond the watchdog, which knows more to say.
+        torch_config=TorchConfig(timeout_s=math.ceil(2 * workers.stall_seconds)),
         scaling_config=ScalingConfig(
-            num_workers=workers.count,
+            # Typed for Train V1, which was not elastic.
+            num_workers=cast(Any, (fewest, workers.max)) if elastic else workers.max,
             use_gpu=workers.gpu,
             resources_per_worker={"CPU": workers.cpus} | ({"GPU": 1} if workers.gpu else {}),
         ),
@@ -59,15 +68,26 @@ def launch(task: TrainingTask, workers: WorkersConfig) -> dict[str, float]:
     )
     result = trainer.fit()
     # Not result.metrics: that holds only what was reported with a checkpoint.
-    return cast(dict[str, float], cast(Any, result).return_value)
+    outcome: dict[str, float] | Exception = cast(Any, result).return_value
+    if isinstance(outcome, Exception):
+        raise outcome
+    return outcome
 
 
-def _work(config: dict[str, Any]) -> dict[str, float]:
-    """What every worker runs. Ray Train has set up the process group."""
+def _work(config: dict[str, Any]) -> dict[str, float] | Exception:
+    """What every worker runs. Ray Train has set up the process group.
+
+    An error that no second try would mend is a result: Ray Train would begin again.
+    """
     # The same number on every machine, so that sums are grouped alike; and none of the worker's
     # neighbours slowed down.
-    torch.set_num_threads(config["threads"])
+    task, workers = config["task"], config["workers"]
+    torch.set_num_threads(max(1, int(workers.cpus)))
     # The root too: Train names one of its loggers by a file's path.
     for name in ("", "ray.data", "ray.train"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    return train(config["task"], RayContext())
+    try:
+        with closing(RayContext(task.folder_uri, workers.stall_seconds)) as context:
+            return train(task, context)
+    except Hopeless as error:
+        return cast(Exception, error.args[0])

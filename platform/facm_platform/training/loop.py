@@ -2,28 +2,38 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.torch import save
 from torch.nn.utils import clip_grad_norm_
 
 from facm_core.ema import PowerEMA
+from facm_core.errors import InvalidInputError
 from facm_core.models import LightningDiT
 from facm_core.objectives import Draws
 from facm_platform.latents import Batch
+from facm_platform.latents.stream import dealt_to
 from facm_platform.registry import load_artifact, save_artifact
-from facm_platform.storage import upload_folder
+from facm_platform.storage import join, upload_folder, write_bytes
 from facm_platform.tracking import MetricSender
-from facm_platform.training.checkpoint import TrainState
+from facm_platform.training.checkpoint import StagedState, TrainState
 from facm_platform.training.context import WorkerContext
-from facm_platform.training.parallel import gather, mean_over_workers, shard, whole
-from facm_platform.training.progress import MetricWindow, progress_line
-from facm_platform.training.task import TrainingTask
+from facm_platform.training.parallel import (
+    Sharding,
+    differing_replicas,
+    gather,
+    mean_over_workers,
+    whole,
+)
+from facm_platform.training.progress import Clock, MetricWindow, Notices, progress_line
+from facm_platform.training.task import Hopeless, TrainingTask
 
 
 def train(task: TrainingTask, context: WorkerContext) -> dict[str, float]:
@@ -33,15 +43,20 @@ def train(task: TrainingTask, context: WorkerContext) -> dict[str, float]:
         Metrics of the last log window.
 
     Raises:
-        FloatingPointError: too many steps in a row were not finite.
+        Hopeless: to begin again would end the same way; all ranks raise it together.
     """
     return _Trainer(task, context).run()
 
 
-def step_seed(seed: int, images_seen: int) -> int:
+def step_seed(seed: int, images_seen: int, rollbacks: int = 0) -> int:
     """Seed of one step's draws: every worker, and every resumed run, draws the same."""
-    state = np.random.SeedSequence((seed, images_seen)).generate_state(1, np.uint64)
+    entropy = (seed, images_seen, rollbacks) if rollbacks else (seed, images_seen)
+    state = np.random.SeedSequence(entropy).generate_state(1, np.uint64)
     return int(state[0] >> 1)
+
+
+# Of a run: enough to see what is wrong.
+_KEPT_BATCHES = 20
 
 
 class _Trainer:
@@ -56,95 +71,206 @@ class _Trainer:
                 lr=self.settings.learning_rate,
                 betas=self.settings.betas,
                 weight_decay=self.settings.weight_decay,
+                fused=self.settings.fused,
             ),
             ema=PowerEMA(student, self.settings.ema_sigma_rels),
         )
 
     def run(self) -> dict[str, float]:
-        state = self.state
-        with self.context.last_checkpoint() as folder:
-            if folder is not None:
-                state.read(folder)
-                self._say(f"{self.task.job}: resumed at {state.images_seen:,} images")
+        self._resume()
+        self._clock = Clock(self.settings.max_hours)
+        self._left = self._checked = False
         with self._metric_sender() as sender:
-            window, skipped_in_a_row = MetricWindow(), 0
-            for batch in self._batches():
-                finite = self._step(batch, window)
-                skipped_in_a_row = 0 if finite else skipped_in_a_row + 1
-                if skipped_in_a_row >= self.settings.max_skipped_in_a_row:
-                    raise FloatingPointError(
-                        f"{skipped_in_a_row} steps in a row were not finite, up to "
-                        f"{state.images_seen} images: lower train.learning_rate, or look at the "
-                        "latent set"
-                    )
-                if self._due(self.settings.log_images) and window.steps:
-                    state.metrics = window.close() | {"skipped_steps": float(state.skipped_steps)}
-                    window = MetricWindow()
-                    self._log(sender)
-                if self._due(self.settings.checkpoint_images):
-                    self.context.save_checkpoint(state.metrics, self._write)
+            while not self._train(sender):
+                self._roll_back()
+        self._moved("exporting")
         self._export()
-        return state.metrics
+        return self.state.metrics
+
+    def _resume(self) -> bool:
+        """Whether there was a checkpoint to take the state from."""
+        with self.context.last_checkpoint() as folder:
+            if folder is None:
+                return False
+            try:
+                self.state.read(folder)
+            except InvalidInputError as error:
+                raise Hopeless(error) from error
+        self._say(f"{self.task.job}: resumed at {self.state.images_seen:,} images")
+        return True
+
+    def _train(self, sender: MetricSender | None) -> bool:
+        """Train to the end; False if too many steps in a row were not finite."""
+        state, settings = self.state, self.settings
+        window, skipped_in_a_row = MetricWindow(), 0
+        self._moved("waiting for data")
+        for batch in self._batches():
+            self._moved("in a step")
+            finite, notices = self._step(batch, window)
+            skipped_in_a_row = 0 if finite else skipped_in_a_row + 1
+            if skipped_in_a_row == settings.max_skipped_in_a_row:
+                return False
+            if self._due(settings.log_images) and window.steps:
+                counts = {"skipped_steps": state.skipped_steps, "rollbacks": state.rollbacks}
+                state.metrics = window.close() | {k: float(v) for k, v in counts.items()}
+                window = MetricWindow()
+                self._log(sender)
+            last = notices.time_is_up or state.images_seen == settings.total_images
+            leaving = notices.look_around and not self._left and self.context.preempted()
+            # In mid-run, not of a state that may be about to be given up.
+            if last or leaving or (finite and self._due(settings.checkpoint_images)):
+                self._moved("saving a checkpoint")
+                self.context.save_checkpoint(self._staged, wait=leaving)
+            if leaving:
+                self._left = True
+                self._say(
+                    f"{self.task.job}: a machine is to go; saved {state.images_seen:,} images"
+                )
+            if last:
+                break
+            self._moved("waiting for data")
+        return True
+
+    def _moved(self, doing: str) -> None:
+        self.context.moved(self.state.images_seen, doing)
+
+    def _roll_back(self) -> None:
+        """Back to the last checkpoint, to go on from there with other draws."""
+        settings, seen = self.settings, self.state.images_seen
+        rollbacks = self.state.rollbacks + 1
+        if rollbacks > settings.max_rollbacks or not self._resume():
+            raise Hopeless(
+                FloatingPointError(
+                    f"{settings.max_skipped_in_a_row} steps in a row were not finite, up to "
+                    f"{seen:,} images. Their batches are in {self.task.skipped_uri}. Lower "
+                    "train.learning_rate, look at the latent set, or allow train.max_rollbacks"
+                )
+            )
+        self.state.rollbacks = rollbacks
+        self._say(f"{self.task.job}: rolled back, for the {rollbacks}. time")
 
     def _networks(self) -> tuple[LightningDiT, LightningDiT | None]:
         """Student and teacher, sharded. A distilled student starts from the teacher's weights."""
         task, settings = self.task, self.settings
-        spread = partial(
-            shard,
-            device=self.context.device,
+        sharding = Sharding(
             precision=settings.precision,
+            replicas=settings.replicas,
             reshard_after_forward=settings.reshard_after_forward,
+            offload=settings.offload,
+            compile=settings.compile,
         )
+        device = self.context.device
         torch.manual_seed(settings.seed)
         student, teacher = LightningDiT(task.artifact.architecture), None
         if task.teacher_uri is not None:
             teacher = load_artifact(task.teacher_uri).model
             # A second time embedding, which the teacher has not, adds nothing at first.
             student.load_state_dict({**student.state_dict(), **teacher.state_dict()})
-            teacher = spread(teacher)
-        return spread(student), teacher
+            replicas = 1 if settings.shard_teacher else self.context.world_size
+            teacher = replace(sharding, replicas=replicas).apply(teacher, device)
+        return sharding.apply(student, device), teacher
 
-    def _step(self, batch: Batch, window: MetricWindow) -> bool:
-        """One optimizer step; False if it was skipped because something was not finite."""
-        state, device = self.state, self.context.device
-        batch_size = self.settings.global_batch_size
-        draws, batch = self._draws(batch), batch.to(device)
-        output = self.objective(
-            state.student,
-            batch.latents,
-            batch.condition,
-            self.teacher,
-            **draws.to(device).given(),
-            images_seen=state.images_seen,
-        )
-        state.optimizer.zero_grad()
-        output.loss.backward()
+    def _step(self, batch: Batch, window: MetricWindow) -> tuple[bool, Notices]:
+        """One optimizer step.
+
+        Returns:
+            False if it was skipped because something was not finite; and what rank 0's clock says.
+        """
+        state, batch_size = self.state, self.settings.global_batch_size
+        draws = self._draws(batch)
+        metrics = self._gradients(batch, draws)
+        if not self._checked:
+            self._check_gradients()
         parameters = state.student.parameters()
         norm = whole(clip_grad_norm_(parameters, self.settings.max_grad_norm)).detach()
-        loss = mean_over_workers(output.loss.detach().clone())
-        # Both are the same on every rank, so all ranks decide alike.
-        finite = bool(torch.isfinite(norm) & torch.isfinite(loss))
+        # All that ranks must know of each other, so that they decide alike, in one message.
+        notices = self._clock.notices() if self.context.rank == 0 else Notices()
+        message = torch.stack([metrics["loss"], *metrics["loss"].new_tensor(notices)])
+        loss, *flags = mean_over_workers(message).unbind()
+        notices = Notices(*(bool(flag) for flag in flags))
+        finite = bool(torch.isfinite(norm.to(loss.device)) & torch.isfinite(loss))
         state.images_seen += batch_size
         if finite:
             self._set_learning_rate()
             state.optimizer.step()
             state.ema.update(state.student, images_seen=state.images_seen, images_step=batch_size)
-            window.add({"loss": loss, "gradient_norm": norm, **output.metrics}, batch_size)
+            window.add(metrics | {"loss": loss, "gradient_norm": norm}, batch_size)
         else:
             state.skipped_steps += 1
             self._say(f"step skipped: loss {loss.item()}, gradient norm {norm.item()}")
-        return finite
+            self._keep(batch, draws)
+        return finite, notices
+
+    def _check_gradients(self) -> None:
+        """Once: ranks that reduce the same gradients must have got the same."""
+        named = self.state.student.named_parameters()
+        differing = differing_replicas({n: p.grad for n, p in named if p.grad is not None})
+        if differing:
+            raise RuntimeError(f"the ranks {differing} got other gradients than their replicas")
+        self._checked = True
+
+    def _gradients(self, batch: Batch, draws: Draws) -> dict[str, torch.Tensor]:
+        """Leave the gradient of the batch's mean loss in the student.
+
+        Returns:
+            Loss and metrics. Their means over the workers, like the gradient that FSDP makes of
+            theirs, are the means over all rows of the batch.
+        """
+        device, world_size = self.context.device, self.context.world_size
+        passes = self.settings.micro_batches(world_size)
+        rows = self.settings.micro_batch_size or len(batch)
+        self.state.optimizer.zero_grad()
+        total: dict[str, torch.Tensor] = {}
+        for index in range(passes):
+            part = slice(index * rows, (index + 1) * rows)
+            weight = len(batch[part]) * world_size / self.settings.global_batch_size
+            if not weight:
+                # Others have one row more. The pass is a collective: take part with any row.
+                part = slice(1)
+            some = batch[part].to(device)
+            output = self.objective(
+                self.state.student,
+                some.latents,
+                some.condition,
+                self.teacher,
+                **draws[part].to(device).given(),
+                images_seen=self.state.images_seen,
+            )
+            (weight * output.loss).backward()
+            for name, value in {"loss": output.loss.detach(), **output.metrics}.items():
+                total[name] = total.get(name, 0) + weight * value
+        return total
+
+    def _keep(self, batch: Batch, draws: Draws) -> None:
+        """Store this rank's rows of a skipped step, and what was drawn for them."""
+        if self.state.skipped_steps > _KEPT_BATCHES:
+            return
+        condition = batch.condition
+        tensors = {
+            "latents": batch.latents,
+            **(condition if isinstance(condition, Mapping) else {"label": condition}),
+            **{f"draws.{name}": value for name, value in draws.given().items()},
+        }
+        tensors = {name: value.contiguous() for name, value in tensors.items()}
+        metadata = {"keys": json.dumps(batch.keys), "rollbacks": str(self.state.rollbacks)}
+        name = f"images-{self.state.images_seen:012d}/rank-{self.context.rank}.safetensors"
+        write_bytes(join(self.task.skipped_uri, name), save(tensors, metadata))
 
     def _draws(self, batch: Batch) -> Draws:
         """This rank's rows of the global batch's random draws."""
-        shape = (self.settings.global_batch_size, *batch.latents.shape[1:])
-        seed = step_seed(self.settings.seed, self.state.images_seen)
-        draws = self.objective.draw(shape, torch.Generator().manual_seed(seed))
-        return draws.share(self.context.rank, self.context.world_size)
+        seen, batch_size = self.state.images_seen, self.settings.global_batch_size
+        shape = (batch_size, *batch.latents.shape[1:])
+        generator = torch.Generator().manual_seed(
+            step_seed(self.settings.seed, seen, self.state.rollbacks)
+        )
+        mine = dealt_to(self.context.rank, self.context.world_size, seen, batch_size)
+        return self.objective.draw(shape, generator)[mine.start - seen :: mine.step]
 
     def _batches(self) -> Iterator[Batch]:
         """What is left of the run, this rank's share."""
         settings = self.settings
+        if self.state.images_seen == settings.total_images:
+            return iter(())
         return self.context.batches(
             self.task.stream,
             self.state.images_seen,
@@ -153,10 +279,8 @@ class _Trainer:
         )
 
     def _set_learning_rate(self) -> None:
-        warmup = self.settings.warmup_images
-        share = min(1.0, self.state.images_seen / warmup) if warmup else 1.0
         for group in self.state.optimizer.param_groups:
-            group["lr"] = self.settings.learning_rate * share
+            group["lr"] = self.settings.learning_rate_at(self.state.images_seen)
 
     def _due(self, every_images: int) -> bool:
         """Whether the last step reached a multiple of `every_images`, or the end."""
@@ -170,16 +294,19 @@ class _Trainer:
         if sender is not None:
             sender.send(state.metrics, state.images_seen)
 
-    def _write(self, folder: Path) -> None:
-        self.state.write(folder, self.context.rank)
+    def _staged(self) -> StagedState:
+        seen = self.state.images_seen
+        artifact = replace(self.task.artifact, images_seen=seen)
+        return self.state.staged(artifact, self.settings.keep_averages)
 
     def _export(self) -> None:
         """Rank 0 writes the averaged weights as a model artefact into the run's folder."""
+        artifact = replace(self.task.artifact, images_seen=self.state.images_seen)
         averages = self.state.ema.profiles[str(self.settings.export_sigma_rel)]
         weights = gather({**dict(self.state.student.named_buffers()), **averages})
         if self.context.rank == 0:
             with tempfile.TemporaryDirectory() as folder:
-                save_artifact(Path(folder), weights, self.task.artifact)
+                save_artifact(Path(folder), weights, artifact)
                 upload_folder(Path(folder), self.task.artifact_uri)
 
     @contextmanager

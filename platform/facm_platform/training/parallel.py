@@ -2,48 +2,126 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
+import hashlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
 from torch.distributed.tensor import DTensor
 
 from facm_core.precision import DTYPES
 
+_EVERYWHERE = -1
+Group = dist.ProcessGroup | None
 M = TypeVar("M", bound=Any)
 
 
-def shard(model: M, device: torch.device, precision: str, reshard_after_forward: bool = True) -> M:
-    """Shard `model` in place over all workers, one unit a block and one for the rest.
+@dataclass(frozen=True, kw_only=True)
+class Sharding:
+    """How a network lies on the workers.
 
-    Every rank must hold the same weights before. Weights, gradient reduction and the embedding of
-    times stay float32. See `TrainConfig` for the settings.
+    Attributes:
+        precision: Of computation: ``float32`` or ``bfloat16``. Weights, gradient reduction and the
+            embedding of times are float32.
+        replicas: Groups of workers that hold the whole network each (HSDP).
+        reshard_after_forward: Whether a block is gathered anew for each pass.
+        offload: Whether shards live in the machine's memory, and not in the GPU's.
+        compile: Whether the blocks are compiled.
     """
-    model = model.to(device)
-    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    dtype = DTYPES[precision]
-    # No inputs are cast: a time rounded to bfloat16 is another time.
-    block_policy = MixedPrecisionPolicy(
-        param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
-    )
-    policies = [
-        # Some networks round the features of a time; what is made of them is float32 all the same.
-        (MixedPrecisionPolicy(torch.float32, output_dtype=dtype), model.time_embedders),
-        (block_policy, model.shared_parts),
-        (block_policy, model.blocks),
-        (replace(block_policy, output_dtype=torch.float32), [model]),
+
+    precision: str = "float32"
+    replicas: int = 1
+    reshard_after_forward: bool = True
+    offload: bool = False
+    compile: bool = False
+
+    def apply(self, model: M, device: torch.device) -> M:
+        """Shard `model` in place, one unit a block and one for the rest, and give it back.
+
+        Every rank must hold the same weights before.
+        """
+        if self.compile:
+            for block in model.blocks:
+                block.compile()
+        mesh, pinned = self._mesh(device), device.type == "cuda"
+        offload = CPUOffloadPolicy(pin_memory=pinned) if self.offload else OffloadPolicy()
+        model = model.to("cpu" if self.offload else device)
+        dtype = DTYPES[self.precision]
+        # No inputs are cast: a time rounded to bfloat16 is another time.
+        block_policy = MixedPrecisionPolicy(
+            param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+        )
+        policies = [
+            # Some networks round the features of a time; what is made of them is float32 still.
+            (MixedPrecisionPolicy(torch.float32, output_dtype=dtype), model.time_embedders),
+            (block_policy, model.shared_parts),
+            (block_policy, model.blocks),
+            (replace(block_policy, output_dtype=torch.float32), [model]),
+        ]
+        for policy, units in policies:
+            for unit in units:
+                fully_shard(
+                    unit,
+                    mesh=mesh,
+                    mp_policy=policy,
+                    offload_policy=offload,
+                    reshard_after_forward=self.reshard_after_forward,
+                )
+        return model
+
+    def _mesh(self, device: torch.device) -> DeviceMesh:
+        workers = dist.get_world_size()
+        if self.replicas == 1:
+            return init_device_mesh(device.type, (workers,))
+        shape = (self.replicas, workers // self.replicas)
+        return init_device_mesh(device.type, shape, mesh_dim_names=("replica", "shard"))
+
+
+def differing_replicas(tensors: Mapping[str, Tensor], group: Group = None) -> list[int]:
+    """Ranks that hold something else than the lowest rank which should hold the same.
+
+    By hashes, on every rank: of what is not distributed, and of the same shards of what is.
+    """
+    hashes = {place: hashlib.sha256() for place in (_EVERYWHERE, _place(tensors.values()))}
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest = hashes[_place([tensor])]
+        digest.update(name.encode())
+        digest.update(_bytes(tensor))
+    mine = {place: digest.hexdigest() for place, digest in hashes.items()}
+    everyone: list[dict[int, str]] = [{} for _ in range(dist.get_world_size(group))]
+    dist.all_gather_object(everyone, mine, group)
+    first: dict[int, str] = {}
+    for of_rank in everyone:
+        first = of_rank | first
+    return [
+        rank
+        for rank, of_rank in enumerate(everyone)
+        if any(first[place] != found for place, found in of_rank.items())
     ]
-    for policy, units in policies:
-        for unit in units:
-            fully_shard(
-                unit, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward
-            )
-    return model
+
+
+def _place(tensors: Iterable[Tensor]) -> int:
+    """Which shards they are; the last dimension of a mesh shards, one before it replicates."""
+    for tensor in tensors:
+        if isinstance(tensor, DTensor):
+            return (tensor.device_mesh.get_coordinate() or [0])[-1]
+    return _EVERYWHERE
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return local.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
 def gather(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

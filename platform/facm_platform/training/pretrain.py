@@ -94,9 +94,9 @@ class PretrainPlan:
         config, train = self.config, self.config.train
         return (
             f"pretrain {config.run.name}: {train.total_images:,} images in batches of "
-            f"{train.global_batch_size} on {config.workers.count} workers, from {self.data_uri} "
+            f"{train.global_batch_size} on {config.workers.max} workers, from {self.data_uri} "
             f"({self.manifest.rows:,} rows) to {self.folder_uri}\n"
-            + memory_estimate(self.architecture, train, config.workers.count, distill=False)
+            + memory_estimate(self.architecture, train, config.workers, distill=False)
         )
 
     def execute(self) -> JobResult:

@@ -2,13 +2,50 @@
 
 from __future__ import annotations
 
+import math
 import time
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from facm_platform.progress import time_left
 from facm_platform.training.parallel import mean_over_workers
+
+# Asking is a collective of some milliseconds; machines are taken away two minutes after notice.
+_LOOK_SECONDS = 5.0
+
+
+class Notices(NamedTuple):
+    """What the clock of one rank tells all of them.
+
+    Attributes:
+        look_around: It is time to ask whether a machine is to go.
+        time_is_up: The run is to end.
+    """
+
+    look_around: bool = False
+    time_is_up: bool = False
+
+
+class Clock:
+    """Begins with its making.
+
+    Args:
+        max_hours: When time is up; None for never.
+    """
+
+    def __init__(self, max_hours: float | None) -> None:
+        self._end = time.monotonic() + (math.inf if max_hours is None else 3600 * max_hours)
+        self._looked = time.monotonic()
+
+    def notices(self) -> Notices:
+        """As of now."""
+        now = time.monotonic()
+        look = now - self._looked > _LOOK_SECONDS
+        if look:
+            self._looked = now
+        return Notices(look, now > self._end)
 
 
 class MetricWindow:

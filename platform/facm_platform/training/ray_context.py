@@ -2,30 +2,65 @@
 
 from __future__ import annotations
 
+import hashlib
+import shutil
 import tempfile
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import cast
 
 import ray
 import ray.train
 import ray.train.torch
+import torch.distributed as dist
 from ray.data import DataIterator
+from ray.train import Checkpoint, CheckpointUploadMode
 from ray.train.collective import broadcast_from_rank_zero
 
 from facm_platform.latents import Batch, LatentStream
 from facm_platform.latents.source import Make, Worker, ray_batches
-from facm_platform.training.context import WriteCheckpoint
+from facm_platform.storage import filesystem, join, upload_folder
+from facm_platform.training.context import Staged
+from facm_platform.training.watchdog import Watchdog
 
 
 class RayContext:
-    """One Ray Train worker. To be made inside the worker's train function."""
+    """One Ray Train worker. To be made inside the worker's train function, by all of them.
 
-    def __init__(self) -> None:
+    Args:
+        folder_uri: The run's own folder, which Ray Train knows too.
+        stall_seconds: See `Watchdog`.
+    """
+
+    def __init__(self, folder_uri: str, stall_seconds: float) -> None:
+        self._watchdog = Watchdog(stall_seconds)
+        self._folder_uri = folder_uri
+        # Checkpoints are written beside the steps, whose collectives must not meet theirs.
+        self._writers = cast(dist.ProcessGroup, dist.new_group(backend="gloo"))
+        self._written = threading.Event()
+        self._written.set()
+        self._saved: Checkpoint | None = None
         context = ray.train.get_context()
         self.rank: int = context.get_world_rank()
         self.world_size: int = context.get_world_size()
         self.device = ray.train.torch.get_device()
+        # Always the same, so that a killed worker's successor clears away what it left.
+        run = hashlib.sha256(folder_uri.encode()).hexdigest()[:16]
+        self._scratch = Path(tempfile.gettempdir(), f"facm-checkpoint-{run}-{self.rank}")
+
+    def close(self) -> None:
+        """All is done."""
+        self._watchdog.close()
+
+    def moved(self, images_seen: int, doing: str) -> None:
+        """Tell the watchdog."""
+        self._watchdog.moved(images_seen, doing)
+
+    def preempted(self) -> bool:
+        """As Ray has been told, by the cloud or by ``ray drain-node``."""
+        return ray.train.get_preemption_info() is not None
 
     def batches(
         self, stream: LatentStream, start_row: int, stop_row: int, batch_rows: int
@@ -36,20 +71,48 @@ class RayContext:
 
     @contextmanager
     def last_checkpoint(self) -> Iterator[Path | None]:
-        """The last checkpoint that Ray Train committed, downloaded if need be."""
-        checkpoint = ray.train.get_checkpoint()
+        """The last checkpoint, of this attempt or another one, downloaded if need be."""
+        # Ray Train learns of one at another moment on each rank.
+        self._written.wait()
+        dist.barrier(self._writers)
+        checkpoint = self._saved or ray.train.get_checkpoint()
         if checkpoint is None:
             yield None
         else:
             with checkpoint.as_directory() as folder:
                 yield Path(folder)
 
-    def save_checkpoint(self, metrics: dict[str, float], write: WriteCheckpoint) -> None:
-        """Every rank reports a folder with its part; Ray Train merges and commits them."""
-        with tempfile.TemporaryDirectory() as folder:
-            write(Path(folder))
-            checkpoint = ray.train.Checkpoint.from_directory(folder)
-            ray.train.report(metrics, checkpoint=checkpoint)
+    def save_checkpoint(self, stage: Callable[[], Staged], *, wait: bool = False) -> None:
+        """Every rank uploads its part in a thread of Ray Train, which commits the checkpoint."""
+        self._written.wait()
+        staged = stage()
+        name, _ = staged.parts()[-1]
+        store, path = filesystem(join(self._folder_uri, name))
+        checkpoint = ray.train.Checkpoint(path, store)
+        self._written.clear()
+        ray.train.report(
+            staged.record["metrics"],
+            checkpoint=checkpoint,
+            checkpoint_dir_name=name,
+            checkpoint_upload_mode=CheckpointUploadMode.SYNC
+            if wait
+            else CheckpointUploadMode.ASYNC,
+            checkpoint_upload_fn=lambda *_: self._upload(staged, checkpoint),
+            delete_local_checkpoint_after_upload=False,
+        )
+
+    def _upload(self, staged: Staged, checkpoint: Checkpoint) -> Checkpoint:
+        try:
+            for name, part in staged.parts():
+                shutil.rmtree(self._scratch, ignore_errors=True)
+                self._scratch.mkdir(parents=True)
+                part.write(self._scratch, self._writers)
+                upload_folder(self._scratch, join(self._folder_uri, name))
+            self._saved = checkpoint
+        finally:
+            shutil.rmtree(self._scratch, ignore_errors=True)
+            self._written.set()
+        return checkpoint
 
     def _from_rank_zero(self, make: Make) -> list[DataIterator]:
         # A reference, because Train's broadcast is for less than a kilobyte.

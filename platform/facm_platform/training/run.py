@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -37,9 +38,10 @@ Lineage = Mapping[str, str]
 def identity(config: Any, lineage: Lineage) -> str:
     """What makes a run that run and no other: its config, and the hashes of its inputs.
 
-    Not who does the work: the same batches come of any number of workers.
+    Not who does the work, nor for how long: the same batches come of any number of workers.
     """
     determining = {name: value for name, value in as_dict(config).items() if name != "workers"}
+    del determining["train"]["max_hours"]
     return OmegaConf.to_yaml({"config": determining, "made_from": dict(lineage)})
 
 
@@ -81,25 +83,35 @@ def open_data(data: DataConfig) -> tuple[str, LatentManifest]:
 
 
 def check_batch(train: TrainConfig, workers: WorkersConfig) -> None:
-    """Raise `InvalidInputError` unless the global batch divides over the workers."""
+    """Raise `InvalidInputError` unless workers can share the batches and the replicas."""
+    fixed = workers.min in (None, workers.max)
     require(
-        train.global_batch_size % workers.count == 0,
+        train.replicas == 1 or (fixed and workers.max % train.replicas == 0),
+        "train.replicas",
+        train.replicas,
+        f"no divisor of workers.max = {workers.max}, or workers.min = {workers.min} differs",
+        "Use a fixed number of workers that it divides, or 1",
+    )
+    require(
+        train.global_batch_size >= workers.max,
         "train.global_batch_size",
         train.global_batch_size,
-        f"not divisible by workers.count = {workers.count}",
-        f"Use a multiple of {workers.count}",
+        f"less than a row for each of workers.max = {workers.max}",
+        "Use larger batches or fewer workers",
     )
 
 
 def memory_estimate(
-    architecture: LightningDiTConfig, train: TrainConfig, workers: int, *, distill: bool
+    architecture: LightningDiTConfig, train: TrainConfig, workers: WorkersConfig, *, distill: bool
 ) -> str:
-    """Each worker's memory, see `facm_core.memory`; every weight is sharded over the workers."""
+    """Each worker's memory when there are fewest, see `facm_core.memory`."""
+    count = workers.min or workers.max
+    share = math.ceil(train.global_batch_size / count)
     memory = plan(
         lightning_dit(architecture),
         MemoryConfig(
-            gpus=workers,
-            batch_size=train.global_batch_size // workers,
+            gpus=count,
+            batch_size=min(share, train.micro_batch_size or share),
             dtype=train.precision,
             recompute=train.recompute,
             teachers=1 if distill else 0,
@@ -108,7 +120,7 @@ def memory_estimate(
         ),
     )
     items = ", ".join(f"{name} {size / 2**20:,.0f}" for name, size in memory.rows())
-    return f"MiB a worker: {items}"
+    return f"MiB for each of {count} workers: {items}"
 
 
 def execute(
@@ -136,7 +148,12 @@ def execute(
     kept = storage.join(task.folder_uri, IDENTITY)
     storage.write_bytes(kept, identity(config, lineage).encode())
     with tracked, connected():
-        metrics = launch(task, workers)
+        try:
+            metrics = launch(task, workers)
+        finally:
+            if storage.list_files(task.skipped_uri):
+                with storage.local_copy(task.skipped_uri) as folder:
+                    tracked.log_artifact(folder, "skipped")
         with storage.local_copy(task.artifact_uri) as folder:
             tracked.log_artifact(folder, "model")
     return JobResult(

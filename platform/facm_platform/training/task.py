@@ -11,6 +11,10 @@ from facm_platform.storage import join
 from facm_platform.training.config import TrainConfig
 
 
+class Hopeless(Exception):
+    """To try again would end the same way, as every rank knows; the argument is the reason."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainingTask:
     """One training run.
@@ -42,6 +46,11 @@ class TrainingTask:
     def artifact_uri(self) -> str:
         """Where the model artefact will be."""
         return join(self.folder_uri, "artifact")
+
+    @property
+    def skipped_uri(self) -> str:
+        """Where the batches of skipped steps are kept."""
+        return join(self.folder_uri, "skipped")
 
     def build_objective(self) -> Objective:
         """The loss described."""
