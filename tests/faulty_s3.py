@@ -70,7 +70,7 @@ class FaultyS3(ThreadingHTTPServer):
         with self._lock:
             self._faults = itertools.chain(faults, itertools.repeat(""))
 
-    def next_fault(self) -> str:
+    def next_fault(self, method: str, path: str) -> str:
         """The fault of one more request."""
         with self._lock:
             self.requests += 1
@@ -102,7 +102,7 @@ class Forward(BaseHTTPRequestHandler):
         pass
 
     def _forward(self) -> None:
-        fault = self.server.next_fault()
+        fault = self.server.next_fault(self.command, self.path)
         if fault == "cut request" and not self._has_body:
             fault = "cut answer"
         if fault:

@@ -12,6 +12,7 @@ import pytest
 import ray
 import torch
 import torch.distributed as dist
+from ray.train.v2.api.exceptions import WorkerGroupError
 from safetensors.torch import load_file
 
 from facm_core.errors import InvalidInputError
@@ -25,12 +26,19 @@ from tests.training.conftest import TRAIN, MakeTask, plain_distillation, weights
 
 
 @pytest.mark.usefixtures("ray_cluster")
-@pytest.mark.parametrize("reshard_after_forward", [True, False])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"reshard_after_forward": False, "shard_teacher": False},
+        {"replicas": 2, "fused": True},
+    ],
+    ids=["sharded", "gathered", "replicated"],
+)
 def test_two_sharded_workers_equal_one_plain_process(
-    make_task: MakeTask, reshard_after_forward: bool
+    make_task: MakeTask, options: dict[str, Any]
 ) -> None:
-    settings = replace(TRAIN, reshard_after_forward=reshard_after_forward)
-    task = make_task(train=settings)
+    task = make_task(train=replace(TRAIN, **options))
     metrics = launch(task, WorkersConfig(max=2))
     assert metrics["skipped_steps"] == 0
     got = weights(task)
@@ -56,15 +64,17 @@ def test_a_run_goes_on_with_another_number_of_workers(make_task: MakeTask) -> No
 
 
 class Poisoned(FACM):
-    """NaN in the data of rank 1, from its step number `first` on, `steps` times."""
+    """NaN in the data of rank 1, or no memory, from its step `first` on, `steps` times."""
 
-    def __init__(self, config: FACMConfig, first: int, steps: int) -> None:
+    def __init__(self, config: FACMConfig, first: int, steps: int, memory: bool) -> None:
         super().__init__(config)
-        self.first, self.steps = first, steps
+        self.first, self.steps, self.memory = first, steps, memory
 
     def __call__(self, student: Any, x_1: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         step = kwargs["images_seen"] // TRAIN.global_batch_size
         if dist.get_rank() == 1 and self.first <= step < self.first + self.steps:
+            if self.memory:
+                raise torch.OutOfMemoryError("CUDA out of memory")
             x_1 = x_1 * float("nan")
         return super().__call__(student, x_1, *args, **kwargs)
 
@@ -75,18 +85,19 @@ class PoisonedTask(TrainingTask):
 
     first: int
     steps: int
+    memory: bool = False
 
     def build_objective(self) -> Poisoned:
         assert isinstance(self.objective, FACMConfig)
-        return Poisoned(self.objective, self.first, self.steps)
+        return Poisoned(self.objective, self.first, self.steps, self.memory)
 
 
 @pytest.fixture
 def poisoned_task(make_task: MakeTask) -> Iterator[MakeTask]:
-    """``poisoned_task(first, steps)`` -> a task for two workers."""
+    """``poisoned_task(first=…, steps=…)`` -> a task for two workers."""
 
-    def make(first: int, steps: int) -> PoisonedTask:
-        return PoisonedTask(**vars(make_task()), first=first, steps=steps)
+    def make(**options: Any) -> PoisonedTask:
+        return PoisonedTask(**vars(make_task()), **options)
 
     # Workers cannot import this file.
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
@@ -96,7 +107,7 @@ def poisoned_task(make_task: MakeTask) -> Iterator[MakeTask]:
 
 @pytest.mark.usefixtures("ray_cluster")
 def test_nan_on_one_rank_skips_the_step_on_all(poisoned_task: MakeTask) -> None:
-    task = poisoned_task(5, 1)
+    task = poisoned_task(first=5, steps=1)
     metrics = launch(task, WorkersConfig(max=2))
     assert metrics["skipped_steps"] == 1
     assert all(torch.isfinite(value).all() for value in weights(task).values())
@@ -116,10 +127,19 @@ def test_nan_on_one_rank_skips_the_step_on_all(poisoned_task: MakeTask) -> None:
 
 @pytest.mark.usefixtures("ray_cluster")
 def test_what_no_second_try_would_mend_is_not_tried_again(poisoned_task: MakeTask) -> None:
-    task = poisoned_task(1, 10**6)
+    task = poisoned_task(first=1, steps=10**6)
     with pytest.raises(
         FloatingPointError, match=r"10 steps in a row.*up to 88 images.*run/skipped"
     ):
         launch(task, WorkersConfig(max=2))
     kept = {file.parent.name for file in Path(task.skipped_uri).rglob("*.safetensors")}
     assert kept == {f"images-{8 * step:012d}" for step in range(2, 12)}
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_worker_without_memory_says_what_helps(poisoned_task: MakeTask) -> None:
+    task = poisoned_task(first=1, steps=10**6, memory=True)
+    with pytest.raises(WorkerGroupError) as caught:
+        launch(task, WorkersConfig(max=2, max_failures=0))
+    (told,) = (e for e in caught.value.worker_failures.values() if "ran out of memory" in str(e))
+    assert "train.recompute=true saves" in str(told)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import pickle
 from collections.abc import Iterator
@@ -190,6 +191,55 @@ def test_auxiliary_student_starts_as_the_teacher(make_task: MakeTask, tmp_path: 
     teacher, student = load_artifact(task.teacher_uri).model, load_artifact(task.artifact_uri).model
     x, t, label = torch.randn(2, 1, 8, 8), torch.rand(2), torch.tensor([0, 10])
     torch.testing.assert_close(student(x, t, label, t), teacher(x, t, label), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", [{"offload": True}, {"compile": True}, {"fused": True}])
+def test_options_that_change_no_number(
+    make_task: MakeTask, tmp_path: Path, options: dict[str, Any]
+) -> None:
+    task = make_task(train=replace(TRAIN, images=32, **options))
+    train(task, LocalContext(tmp_path / "run"))
+    got = weights(task)
+    plain = make_task(train=replace(TRAIN, images=32), folder_uri=str(tmp_path / "plain"))
+    train(plain, LocalContext(tmp_path / "plain"))
+    for name, expected in weights(plain).items():
+        torch.testing.assert_close(got[name], expected, rtol=1e-4, atol=1e-6)
+
+
+def test_a_run_that_ends_by_the_clock_goes_on_from_there(
+    make_task: MakeTask, tmp_path: Path
+) -> None:
+    """An hour is 3,600 s; the clock of this one is over after the first step."""
+    limited = make_task(train=replace(TRAIN, max_hours=1e-9))
+    for images in (8, 16):
+        train(limited, LocalContext(tmp_path / "run"))
+        assert load_artifact(limited.artifact_uri).config.images_seen == images
+    task = make_task()
+    train(task, LocalContext(tmp_path / "run"))
+    got = weights(task)
+    for name, expected in plain_distillation(task).items():
+        torch.testing.assert_close(got[name], expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        ("constant", [0.5, 1, 1, 1, 1]),
+        ("linear", [0.5, 1, 0.8, 0.6, 0.2]),
+        ("cosine", [0.5, 1, 0.2 + 0.4 * (1 + math.cos(math.pi / 4)), 0.6, 0.2]),
+    ],
+)
+def test_learning_rates(schedule: str, expected: list[float]) -> None:
+    settings = TrainConfig(
+        images=996,
+        global_batch_size=100,
+        warmup_images=200,
+        learning_rate=1.0,
+        schedule=schedule,
+        final_learning_rate=0.2,
+    )
+    found = [settings.learning_rate_at(images) for images in (100, 200, 400, 600, 1000)]
+    assert found == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import socket
 from contextlib import closing
 from typing import Any, cast
 
@@ -17,6 +18,7 @@ from facm_platform.latents.source import READ_TASK_CPUS
 from facm_platform.storage import filesystem
 from facm_platform.training.config import WorkersConfig
 from facm_platform.training.loop import train
+from facm_platform.training.memory import out_of_memory
 from facm_platform.training.ray_context import RayContext
 from facm_platform.training.task import Hopeless, TrainingTask
 
@@ -88,6 +90,13 @@ def _work(config: dict[str, Any]) -> dict[str, float] | Exception:
         logging.getLogger(name).setLevel(logging.WARNING)
     try:
         with closing(RayContext(task.folder_uri, workers.stall_seconds)) as context:
+            place = f"process {os.getpid()} on {socket.gethostname()}"
+            print(f"worker {context.rank} of {context.world_size}: {place}", flush=True)
             return train(task, context)
+    except torch.OutOfMemoryError as error:
+        # Of this rank alone: the others wait for it, and end when it does.
+        distill = task.teacher_uri is not None
+        architecture, count = task.artifact.architecture, context.world_size
+        raise out_of_memory(error, architecture, task.train, count, distill=distill) from error
     except Hopeless as error:
         return cast(Exception, error.args[0])

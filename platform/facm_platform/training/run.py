@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import difflib
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from omegaconf import OmegaConf
 
 from facm_core.errors import InvalidInputError, require
-from facm_core.memory import MemoryConfig, lightning_dit, plan
 from facm_core.models import LightningDiTConfig
 from facm_platform import storage
 from facm_platform.cluster import connected
@@ -27,6 +25,7 @@ from facm_platform.tracking import (
 )
 from facm_platform.training.config import TrainConfig, WorkersConfig
 from facm_platform.training.launch import launch
+from facm_platform.training.memory import worker_memory
 from facm_platform.training.task import TrainingTask
 
 IDENTITY = "run.yaml"
@@ -104,21 +103,9 @@ def check_batch(train: TrainConfig, workers: WorkersConfig) -> None:
 def memory_estimate(
     architecture: LightningDiTConfig, train: TrainConfig, workers: WorkersConfig, *, distill: bool
 ) -> str:
-    """Each worker's memory when there are fewest, see `facm_core.memory`."""
+    """Each worker's memory when there are fewest."""
     count = workers.min or workers.max
-    share = math.ceil(train.global_batch_size / count)
-    memory = plan(
-        lightning_dit(architecture),
-        MemoryConfig(
-            gpus=count,
-            batch_size=min(share, train.micro_batch_size or share),
-            dtype=train.precision,
-            recompute=train.recompute,
-            teachers=1 if distill else 0,
-            averages=len(train.ema_sigma_rels),
-            jvp=distill,
-        ),
-    )
+    memory = worker_memory(architecture, train, count, distill=distill)
     items = ", ".join(f"{name} {size / 2**20:,.0f}" for name, size in memory.rows())
     return f"MiB for each of {count} workers: {items}"
 

@@ -1,0 +1,75 @@
+"""How much memory a worker needs, told before the run; and what helps when it was not enough."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+from facm_core.errors import InvalidInputError
+from facm_core.memory import MemoryConfig, MemoryPlan, lightning_dit, plan
+from facm_core.models import LightningDiTConfig
+from facm_platform.training.config import TrainConfig
+
+
+def worker_memory(
+    architecture: LightningDiTConfig, train: TrainConfig, workers: int, *, distill: bool
+) -> MemoryPlan:
+    """Of each of so many workers, see `facm_core.memory`; with nothing offloaded."""
+    share = math.ceil(train.global_batch_size / workers)
+    return plan(
+        lightning_dit(architecture),
+        MemoryConfig(
+            gpus=workers // train.replicas,
+            batch_size=min(share, train.micro_batch_size or share),
+            dtype=train.precision,
+            recompute=train.recompute,
+            teachers=1 if distill else 0,
+            averages=len(train.ema_sigma_rels),
+            jvp=distill,
+        ),
+    )
+
+
+def out_of_memory(
+    error: Exception,
+    architecture: LightningDiTConfig,
+    train: TrainConfig,
+    workers: int,
+    *,
+    distill: bool,
+) -> InvalidInputError:
+    """What to tell a user whose worker ran out of memory: each knob, and what it saves."""
+
+    def total(settings: TrainConfig, count: int) -> int:
+        return worker_memory(architecture, settings, count, distill=distill).total
+
+    needed = total(train, workers)
+    share = math.ceil(train.global_batch_size / workers)
+    rows = min(share, train.micro_batch_size or share)
+    knobs = {}
+    if not train.recompute:
+        knobs["train.recompute=true"] = total(replace(train, recompute=True), workers)
+    if rows > 1:
+        fewer = rows // 2
+        smaller = replace(train, micro_batch_size=fewer)
+        knobs[f"train.micro_batch_size={fewer}"] = total(smaller, workers)
+    if train.global_batch_size >= 2 * workers:
+        knobs[f"workers.max={2 * workers}"] = total(train, 2 * workers)
+    if train.precision == "float32":
+        knobs["train.precision=bfloat16"] = total(replace(train, precision="bfloat16"), workers)
+    if not train.offload:
+        memory = worker_memory(architecture, train, workers, distill=distill)
+        knobs["train.offload=true"] = memory.unsharded + memory.activations
+    saved = {knob: needed - less for knob, less in knobs.items() if less < needed}
+    advice = ", ".join(
+        f"{knob} saves {size / 2**20:,.0f} MiB"
+        for knob, size in sorted(saved.items(), key=lambda item: -item[1])
+    )
+    reason = str(error).splitlines()[0]
+    return InvalidInputError(
+        "train.micro_batch_size",
+        train.micro_batch_size,
+        f"a worker ran out of memory ({reason}); {rows} rows at once on each of {workers} workers "
+        f"were expected to take {needed / 2**20:,.0f} MiB",
+        f"For each worker {advice}" if advice else "Use GPUs with more memory",
+    )

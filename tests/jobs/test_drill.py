@@ -1,0 +1,233 @@
+"""The fault drill: whatever is killed at whatever step, the run ends with the very same weights.
+
+A cluster of two nodes with a worker on each, checkpoints in an object store. ``make drill`` takes
+ten seeds of every kind; the slow tests one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from itertools import repeat
+from pathlib import Path
+
+import boto3
+import psutil
+import pytest
+from ray.cluster_utils import Cluster
+
+from facm_platform import storage
+from facm_platform.training.export import export
+from tests.faulty_s3 import FaultyS3
+from tests.jobs.conftest import command, environment, last_line
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+BATCH, INTERVAL, IMAGES = 8, 160, 960
+SEEDS = int(os.environ.get("DRILL_SEEDS", "1"))
+# Each fits one node of one CPU, beside a read task.
+WORKER_CPUS = 0.75
+
+
+class Driver:
+    """A distillation of 120 steps with a checkpoint every 20, as a process of its own."""
+
+    def __init__(self, arguments: list[str], address: str, folder: Path) -> None:
+        self.output = ""
+        self.process = subprocess.Popen(
+            command("distill", *arguments),
+            cwd=folder,
+            env=environment() | {"RAY_ADDRESS": address},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self.output += line
+
+    @property
+    def images_seen(self) -> int:
+        """As its last line of progress says."""
+        seen = re.findall(r"distill +\d+%  ([\d,]+)/", self.output)
+        return int(seen[-1].replace(",", "")) if seen else 0
+
+    @property
+    def resumed_at(self) -> int:
+        """Where it last began; 0 at the start."""
+        found = re.findall(r"resumed at ([\d,]+) images", self.output)
+        return int(found[-1].replace(",", "")) if found else 0
+
+    def worker(self, rank: int) -> psutil.Process:
+        """The process of a rank."""
+        return psutil.Process(
+            int(re.findall(rf"worker {rank} of 2: process (\d+)", self.output)[-1])
+        )
+
+    def wait_until(self, done: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + 300
+        while not done():
+            assert self.process.poll() is None, self.output
+            assert time.monotonic() < deadline, self.output
+            time.sleep(0.01)
+
+    def finish(self) -> None:
+        assert self.process.wait(timeout=400) == 0, self.output
+        self._reader.join()
+
+
+class UploadsThatKill(FaultyS3):
+    """The upload of checkpoint files is cut half way, and `kill` called, at the one numbered."""
+
+    def __init__(self, upstream: str, number: int, kill: Callable[[], None]) -> None:
+        super().__init__(upstream, repeat(""))
+        self._left, self._kill = number, kill
+
+    def next_fault(self, method: str, path: str) -> str:
+        super().next_fault(method, path)
+        if method == "PUT" and "/checkpoint_" in path:
+            self._left -= 1
+            if self._left == 0:
+                self._kill()
+                return "cut request"
+        return ""
+
+
+class Fixture:
+    """The cluster, and what runs leave in the bucket."""
+
+    def __init__(self, bucket: str, folder: Path, data_uri: str, teacher_uri: str) -> None:
+        self.runs, self.folder = f"{bucket}/runs", folder
+        self._inputs = [f"data.uri={data_uri}", f"teacher.uri={teacher_uri}"]
+        self.cluster = Cluster(
+            initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False}
+        )
+        self.add_node()
+        self.drivers: list[Driver] = []
+
+    def add_node(self) -> None:
+        self.second = self.cluster.add_node(num_cpus=1)
+
+    def lose_node(self) -> None:
+        """SIGKILL to its raylet; another one comes."""
+        self.cluster.remove_node(self.second, allow_graceful=False)
+        self.add_node()
+
+    def start(self, name: str) -> Driver:
+        arguments = [
+            f"run.name={name}",
+            f"run.storage_uri={self.runs}",
+            f"run.tracking.uri=sqlite:///{self.folder / 'mlflow.db'}",
+            *self._inputs,
+            f"train.images={IMAGES}",
+            f"train.global_batch_size={BATCH}",
+            f"train.checkpoint_images={INTERVAL}",
+            f"train.log_images={BATCH}",
+            "train.keep_checkpoints=3",
+            f"workers.cpus={WORKER_CPUS}",
+        ]
+        self.drivers.append(Driver(arguments, self.cluster.address, self.folder))
+        return self.drivers[-1]
+
+    def weights(self, name: str) -> bytes:
+        return storage.read_bytes(f"{self.runs}/{name}/artifact/model.safetensors")
+
+    def committed(self, name: str) -> list[str]:
+        """Checkpoints that Ray Train lists."""
+        state = json.loads(
+            storage.read_text(f"{self.runs}/{name}/checkpoint_manager_snapshot.json")
+        )
+        return [result["checkpoint_dir_name"] for result in state["checkpoint_results"]]
+
+    def stop(self) -> None:
+        for driver in self.drivers:
+            if driver.process.poll() is None:
+                driver.process.kill()
+                driver.process.wait()
+        self.cluster.shutdown()
+
+
+@pytest.fixture(scope="module")
+def drill(
+    tmp_path_factory: pytest.TempPathFactory,
+    object_store: None,
+    digits_uri: str,
+    teacher_uri: str,
+) -> Iterator[Fixture]:
+    boto3.client("s3").create_bucket(Bucket="drill")
+    folder = tmp_path_factory.mktemp("drill")
+    drill = Fixture("s3://drill", folder, digits_uri, teacher_uri)
+    try:
+        yield drill
+    finally:
+        drill.stop()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(drill: Fixture) -> bytes:
+    driver = drill.start("undisturbed")
+    driver.finish()
+    assert driver.resumed_at == 0
+    return drill.weights("undisturbed")
+
+
+@pytest.mark.parametrize("seed", range(SEEDS))
+@pytest.mark.parametrize("kind", ["worker-0", "worker-1", "driver", "node", "upload"])
+def test_nothing_is_lost(
+    drill: Fixture,
+    undisturbed: bytes,
+    kind: str,
+    seed: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    chance = random.Random(f"{kind} {seed}")
+    name = f"{kind}-{seed}"
+    moment = chance.randrange(BATCH, IMAGES - BATCH, BATCH)
+    killed_at = 0
+
+    def kill(rank: int = 0) -> None:
+        nonlocal killed_at
+        killed_at = driver.images_seen
+        driver.worker(rank).kill()
+
+    if kind == "upload":
+        # Five or so files of each of six checkpoints.
+        proxy = UploadsThatKill(os.environ["AWS_ENDPOINT_URL"], chance.randrange(1, 30), kill)
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+        driver = drill.start(name)
+        driver.wait_until(lambda: killed_at > 0)
+    else:
+        driver = drill.start(name)
+        driver.wait_until(lambda: driver.images_seen >= moment)
+        killed_at = driver.images_seen
+        if kind == "driver":
+            driver.process.kill()
+            driver.process.wait()
+            driver = drill.start(name)
+        elif kind == "node":
+            drill.lose_node()
+        else:
+            kill(rank=int(kind[-1]))
+    driver.finish()
+
+    lost = killed_at - driver.resumed_at
+    print(f"{name}: killed at {killed_at} images, resumed at {driver.resumed_at}: {lost} lost")
+    assert last_line(driver.output)["run_name"] == name
+    assert drill.weights(name) == undisturbed
+    # The last checkpoint may have been on its way.
+    assert lost <= 2 * INTERVAL
+    checkpoints = drill.committed(name)
+    assert len(checkpoints) == 3
+    for checkpoint in checkpoints:
+        export(f"{drill.runs}/{name}/{checkpoint}", str(tmp_path / checkpoint))
