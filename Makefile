@@ -1,6 +1,7 @@
 # Everything runs from .venv, which is made here from nothing but Python 3.11-3.14.
 PYTHON ?= python3
 PORT ?= 5000
+SEEDS ?= 10
 ARGS ?=
 
 BIN := .venv/bin
@@ -9,7 +10,7 @@ LOCKED := .venv/.locked
 UV_VENV := .venv-uv
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test test-slow check format ui lock clean distclean
+.PHONY: help setup quickstart test test-slow drill check format ui lock clean distclean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -33,6 +34,9 @@ test: $(LOCKED) ## the fast tests (ARGS=...)
 
 test-slow: $(LOCKED) ## the slow tests: end to end, kills, submissions (ARGS=...)
 	$(BIN)/python -m pytest -m slow $(ARGS)
+
+drill: $(LOCKED) ## kill workers, drivers, nodes and uploads at random steps (SEEDS=10)
+	DRILL_SEEDS=$(SEEDS) $(BIN)/python -m pytest -m slow -s tests/jobs/test_drill.py $(ARGS)
 
 check: $(LOCKED) ## formatter, linter, types and the rules of the architecture
 	$(BIN)/ruff format --check .

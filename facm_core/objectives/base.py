@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -23,10 +23,12 @@ class ObjectiveOutput:
     Attributes:
         loss: Scalar with graph.
         metrics: Detached scalar tensors, by name.
+        rows: Detached values of each row, (B,), by name; its time is ``t``.
     """
 
     loss: Tensor
     metrics: dict[str, Tensor]
+    rows: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,6 +149,16 @@ def target_velocity(
 def mean_square(prediction: Tensor, target: Tensor) -> Tensor:
     """mean((F − v)²), a scalar."""
     return (prediction - target).square().mean()
+
+
+@torch.no_grad()
+def row_errors(prediction: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """`mean_square` and `cosine_distance` of each row, (B,) and (B,), without graph."""
+    square = (prediction - target).square().flatten(1).mean(1)
+    if prediction.shape[1] == 1:
+        prediction, target = prediction.flatten(1), target.flatten(1)
+    cosine = 1 - F.cosine_similarity(prediction, target, dim=1)
+    return square, cosine.reshape(len(cosine), -1).mean(1)
 
 
 def cosine_distance(prediction: Tensor, target: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from facm_core.objectives.base import (
     drop_condition,
     mean_square,
     require_label_dropout,
+    row_errors,
     target_velocity,
 )
 from facm_core.times import TimesConfig
@@ -151,7 +152,8 @@ class FACM:
         loss_fm = mean_square(f_fm, v) + cosine_distance(f_fm, v)
         g = consistency_residual(f_cm.detach(), v, df_dt, t)
         target = f_cm.detach() - per_sample(alpha(t, self.config.p), g) * g.clamp(-1, 1)
-        loss_cm = (beta(t) * adaptive_square(f_cm, target, self.config.c)).mean()
+        losses_cm = beta(t) * adaptive_square(f_cm, target, self.config.c)
+        loss_cm = losses_cm.mean()
         metrics = {
             "loss_fm": loss_fm.detach(),
             "loss_cm": loss_cm.detach(),
@@ -159,7 +161,9 @@ class FACM:
             "clipped_share": (g.abs() > 1).to(v.dtype).mean(),
         }
         loss = self.config.lambda_cm * loss_cm + self.config.lambda_fm * loss_fm
-        return ObjectiveOutput(loss=loss, metrics=metrics)
+        losses_fm = sum(row_errors(f_fm, v), torch.zeros_like(t))
+        rows = {"t": t, "loss_fm": losses_fm, "loss_cm": losses_cm.detach()}
+        return ObjectiveOutput(loss=loss, metrics=metrics, rows=rows)
 
     def check_student(self, student: VelocityModel) -> None:
         """Raise `InvalidInputError` unless the student's time inputs fit the conditioning."""

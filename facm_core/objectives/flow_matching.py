@@ -20,6 +20,7 @@ from facm_core.objectives.base import (
     drop_condition,
     mean_square,
     require_label_dropout,
+    row_errors,
 )
 from facm_core.times import TimesConfig
 
@@ -96,4 +97,5 @@ class FlowMatching:
         loss_cosine = cosine_distance(velocity, v)
         loss = loss_mse + self.config.lambda_cosine * loss_cosine
         metrics = {"loss_mse": loss_mse.detach(), "loss_cosine": loss_cosine.detach()}
-        return ObjectiveOutput(loss=loss, metrics=metrics)
+        rows = {"t": draws.t, "loss_mse": row_errors(velocity, v)[0]}
+        return ObjectiveOutput(loss=loss, metrics=metrics, rows=rows)

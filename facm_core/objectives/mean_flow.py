@@ -135,7 +135,8 @@ class MeanFlow:
             "loss_mse": e.detach().mean() / u[0].numel(),
             "tangent_rms": du_dt.square().mean().sqrt(),
         }
-        return ObjectiveOutput(loss=loss, metrics=metrics)
+        rows = {"t": t, "loss_mse": e.detach() / u[0].numel()}
+        return ObjectiveOutput(loss=loss, metrics=metrics, rows=rows)
 
     def check_student(self, student: VelocityModel) -> None:
         """Raise `InvalidInputError` unless the student has a second time."""

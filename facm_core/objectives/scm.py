@@ -139,7 +139,8 @@ class SCM(nn.Module):
             "tangent_warmup": norm.new_tensor(warm),
             "log_weight": w.detach().mean(),
         }
-        return ObjectiveOutput(loss=loss, metrics=metrics)
+        rows = {"t": t, "tangent_norm": norm}
+        return ObjectiveOutput(loss=loss, metrics=metrics, rows=rows)
 
     def check_teacher(self, teacher: VelocityModel | None) -> None:
         """Raise `InvalidInputError` where guidance has nobody to ask.

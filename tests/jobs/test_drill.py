@@ -20,6 +20,7 @@ from pathlib import Path
 import boto3
 import psutil
 import pytest
+from mlflow import MlflowClient
 from ray.cluster_utils import Cluster
 
 from facm_platform import storage
@@ -87,15 +88,19 @@ class Driver:
 
 
 class UploadsThatKill(FaultyS3):
-    """The upload of checkpoint files is cut half way, and `kill` called, at the one numbered."""
+    """An object store; once armed, one upload of a checkpoint's file is cut half way."""
 
-    def __init__(self, upstream: str, number: int, kill: Callable[[], None]) -> None:
+    def __init__(self, upstream: str) -> None:
         super().__init__(upstream, repeat(""))
+        self._left = 0
+
+    def arm(self, number: int, kill: Callable[[], None]) -> None:
+        """Which of those that now come it is, and what happens then."""
         self._left, self._kill = number, kill
 
     def next_fault(self, method: str, path: str) -> str:
         super().next_fault(method, path)
-        if method == "PUT" and "/checkpoint_" in path:
+        if method == "PUT" and "/checkpoint_" in path and self._left:
             self._left -= 1
             if self._left == 0:
                 self._kill()
@@ -108,6 +113,9 @@ class Fixture:
 
     def __init__(self, bucket: str, folder: Path, data_uri: str, teacher_uri: str) -> None:
         self.runs, self.folder = f"{bucket}/runs", folder
+        # Before the cluster, whose workers have its environment.
+        self.store = UploadsThatKill(os.environ["AWS_ENDPOINT_URL"])
+        os.environ["AWS_ENDPOINT_URL"] = self.store.url
         self._inputs = [f"data.uri={data_uri}", f"teacher.uri={teacher_uri}"]
         self.cluster = Cluster(
             initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False}
@@ -119,11 +127,10 @@ class Fixture:
         self.second = self.cluster.add_node(num_cpus=1)
 
     def lose_node(self) -> None:
-        """SIGKILL to its raylet; another one comes."""
+        """SIGKILL to its raylet."""
         self.cluster.remove_node(self.second, allow_graceful=False)
-        self.add_node()
 
-    def start(self, name: str) -> Driver:
+    def start(self, name: str, *options: str) -> Driver:
         arguments = [
             f"run.name={name}",
             f"run.storage_uri={self.runs}",
@@ -135,9 +142,17 @@ class Fixture:
             f"train.log_images={BATCH}",
             "train.keep_checkpoints=3",
             f"workers.cpus={WORKER_CPUS}",
+            *options,
         ]
         self.drivers.append(Driver(arguments, self.cluster.address, self.folder))
         return self.drivers[-1]
+
+    def losses(self, name: str) -> dict[int, float]:
+        """By images seen, as MLflow has them."""
+        client = MlflowClient(f"sqlite:///{self.folder / 'mlflow.db'}")
+        (run,) = client.search_runs(["1"], f"attributes.run_name = '{name}'")
+        history = client.get_metric_history(run.info.run_id, "loss")
+        return {metric.step: metric.value for metric in history}
 
     def weights(self, name: str) -> bytes:
         return storage.read_bytes(f"{self.runs}/{name}/artifact/model.safetensors")
@@ -155,6 +170,7 @@ class Fixture:
                 driver.process.kill()
                 driver.process.wait()
         self.cluster.shutdown()
+        self.store.stop()
 
 
 @pytest.fixture(scope="module")
@@ -166,11 +182,13 @@ def drill(
 ) -> Iterator[Fixture]:
     boto3.client("s3").create_bucket(Bucket="drill")
     folder = tmp_path_factory.mktemp("drill")
-    drill = Fixture("s3://drill", folder, digits_uri, teacher_uri)
-    try:
-        yield drill
-    finally:
-        drill.stop()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL", os.environ["AWS_ENDPOINT_URL"])
+        drill = Fixture("s3://drill", folder, digits_uri, teacher_uri)
+        try:
+            yield drill
+        finally:
+            drill.stop()
 
 
 @pytest.fixture(scope="module")
@@ -189,7 +207,6 @@ def test_nothing_is_lost(
     kind: str,
     seed: int,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     chance = random.Random(f"{kind} {seed}")
     name = f"{kind}-{seed}"
@@ -202,9 +219,8 @@ def test_nothing_is_lost(
         driver.worker(rank).kill()
 
     if kind == "upload":
-        # Five or so files of each of six checkpoints.
-        proxy = UploadsThatKill(os.environ["AWS_ENDPOINT_URL"], chance.randrange(1, 30), kill)
-        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+        # There are four or more files of each of six checkpoints.
+        drill.store.arm(chance.randrange(1, 24), kill)
         driver = drill.start(name)
         driver.wait_until(lambda: killed_at > 0)
     else:
@@ -217,6 +233,7 @@ def test_nothing_is_lost(
             driver = drill.start(name)
         elif kind == "node":
             drill.lose_node()
+            drill.add_node()
         else:
             kill(rank=int(kind[-1]))
     driver.finish()
@@ -231,3 +248,35 @@ def test_nothing_is_lost(
     assert len(checkpoints) == 3
     for checkpoint in checkpoints:
         export(f"{drill.runs}/{name}/{checkpoint}", str(tmp_path / checkpoint))
+
+
+def test_fewer_workers_and_more_again(drill: Fixture) -> None:
+    """2, 1 and 2 workers: the losses of a run of two, with steps slow enough to see it happen."""
+    options = ["train.images=128000", "train.global_batch_size=64", "train.log_images=640"]
+    options += ["train.checkpoint_images=1280"]
+    elastic = drill.start("elastic", *options, "workers.min=1")
+    elastic.wait_until(lambda: elastic.images_seen >= 3200)
+    assert "worker 1 of 2" in elastic.output
+    drill.lose_node()
+    elastic.wait_until(lambda: "worker 0 of 1" in elastic.output)
+    shrunk = elastic.resumed_at
+    elastic.wait_until(lambda: elastic.images_seen >= shrunk + 3200)
+    drill.add_node()
+    before = elastic.output.count("worker 1 of 2")
+    elastic.wait_until(lambda: elastic.output.count("worker 1 of 2") > before)
+    elastic.wait_until(lambda: elastic.resumed_at > shrunk)
+    grown = elastic.resumed_at
+    elastic.wait_until(lambda: elastic.images_seen >= grown + 3200)
+    elastic.process.terminate()
+    elastic.process.wait()
+
+    fixed = drill.start("fixed", *options)
+    fixed.wait_until(lambda: fixed.images_seen >= grown + 3200)
+    fixed.process.terminate()
+    fixed.process.wait()
+    found, expected = drill.losses("elastic"), drill.losses("fixed")
+    common = sorted(found.keys() & expected.keys())
+    assert common[-1] >= grown + 2560
+    difference = max(abs(found[images] - expected[images]) for images in common)
+    print(f"2 -> 1 at {shrunk}, 1 -> 2 at {grown} images: losses differ by {difference:.1e}")
+    assert difference < 1e-5

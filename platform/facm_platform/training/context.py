@@ -39,6 +39,9 @@ class WorkerContext(Protocol):
     def moved(self, images_seen: int, doing: str) -> None:
         """This rank gets on: it does this now, after so many images."""
 
+    def publish(self, metrics: dict[str, float]) -> None:
+        """Let the monitoring of the cluster see the metrics of the last window."""
+
     def preempted(self) -> bool:
         """Whether the machine of some rank is about to be taken away. A collective."""
 
@@ -80,6 +83,9 @@ class LocalContext:
 
     def moved(self, images_seen: int, doing: str) -> None:
         """Nobody waits for it."""
+
+    def publish(self, metrics: dict[str, float]) -> None:
+        """Nobody watches."""
 
     def preempted(self) -> bool:
         """Nobody would tell."""

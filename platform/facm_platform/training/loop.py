@@ -25,6 +25,7 @@ from facm_platform.storage import join, upload_folder, write_bytes
 from facm_platform.tracking import MetricSender
 from facm_platform.training.checkpoint import StagedState, TrainState
 from facm_platform.training.context import WorkerContext
+from facm_platform.training.health import peak_memory, update_to_weight
 from facm_platform.training.parallel import (
     Sharding,
     differing_replicas,
@@ -103,8 +104,8 @@ class _Trainer:
         """Train to the end; False if too many steps in a row were not finite."""
         state, settings = self.state, self.settings
         window, skipped_in_a_row = MetricWindow(), 0
-        self._moved("waiting for data")
-        for batch in self._batches():
+        batches = self._batches()
+        while (batch := self._next(batches, window)) is not None:
             self._moved("in a step")
             finite, notices = self._step(batch, window)
             skipped_in_a_row = 0 if finite else skipped_in_a_row + 1
@@ -113,6 +114,7 @@ class _Trainer:
             if self._due(settings.log_images) and window.steps:
                 counts = {"skipped_steps": state.skipped_steps, "rollbacks": state.rollbacks}
                 state.metrics = window.close() | {k: float(v) for k, v in counts.items()}
+                state.metrics |= self._health()
                 window = MetricWindow()
                 self._log(sender)
             last = notices.time_is_up or state.images_seen == settings.total_images
@@ -128,8 +130,20 @@ class _Trainer:
                 )
             if last:
                 break
-            self._moved("waiting for data")
         return True
+
+    def _next(self, batches: Iterator[Batch], window: MetricWindow) -> Batch | None:
+        """None at the end."""
+        self._moved("waiting for data")
+        with window.waiting():
+            return next(batches, None)
+
+    def _health(self) -> dict[str, float]:
+        """A collective."""
+        return {
+            "update_to_weight": update_to_weight(self.state.optimizer),
+            "memory_mib": peak_memory(self.context.device) / 2**20,
+        }
 
     def _moved(self, doing: str) -> None:
         self.context.moved(self.state.images_seen, doing)
@@ -178,7 +192,7 @@ class _Trainer:
         """
         state, batch_size = self.state, self.settings.global_batch_size
         draws = self._draws(batch)
-        metrics = self._gradients(batch, draws)
+        metrics, rows = self._gradients(batch, draws)
         if not self._checked:
             self._check_gradients()
         parameters = state.student.parameters()
@@ -195,6 +209,8 @@ class _Trainer:
             state.optimizer.step()
             state.ema.update(state.student, images_seen=state.images_seen, images_step=batch_size)
             window.add(metrics | {"loss": loss, "gradient_norm": norm}, batch_size)
+            for some in rows:
+                window.add_rows(some)
         else:
             state.skipped_steps += 1
             self._say(f"step skipped: loss {loss.item()}, gradient norm {norm.item()}")
@@ -209,18 +225,21 @@ class _Trainer:
             raise RuntimeError(f"the ranks {differing} got other gradients than their replicas")
         self._checked = True
 
-    def _gradients(self, batch: Batch, draws: Draws) -> dict[str, torch.Tensor]:
+    def _gradients(
+        self, batch: Batch, draws: Draws
+    ) -> tuple[dict[str, torch.Tensor], list[dict[str, torch.Tensor]]]:
         """Leave the gradient of the batch's mean loss in the student.
 
         Returns:
-            Loss and metrics. Their means over the workers, like the gradient that FSDP makes of
-            theirs, are the means over all rows of the batch.
+            Loss and metrics, and values of the rows of each pass. The metrics' means over the
+            workers, like the gradient that FSDP makes of theirs, are means over the whole batch.
         """
         device, world_size = self.context.device, self.context.world_size
         passes = self.settings.micro_batches(world_size)
         rows = self.settings.micro_batch_size or len(batch)
         self.state.optimizer.zero_grad()
         total: dict[str, torch.Tensor] = {}
+        rows_of_passes: list[dict[str, torch.Tensor]] = []
         for index in range(passes):
             part = slice(index * rows, (index + 1) * rows)
             weight = len(batch[part]) * world_size / self.settings.global_batch_size
@@ -237,9 +256,11 @@ class _Trainer:
                 images_seen=self.state.images_seen,
             )
             (weight * output.loss).backward()
+            if weight:
+                rows_of_passes.append(output.rows)
             for name, value in {"loss": output.loss.detach(), **output.metrics}.items():
                 total[name] = total.get(name, 0) + weight * value
-        return total
+        return total, rows_of_passes
 
     def _keep(self, batch: Batch, draws: Draws) -> None:
         """Store this rank's rows of a skipped step, and what was drawn for them."""
@@ -293,6 +314,7 @@ class _Trainer:
         self._say(progress_line(self.task.job, state.images_seen, total, state.metrics))
         if sender is not None:
             sender.send(state.metrics, state.images_seen)
+        self.context.publish(state.metrics)
 
     def _staged(self) -> StagedState:
         seen = self.state.images_seen

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -11,6 +13,9 @@ from torch import Tensor
 
 from facm_platform.progress import time_left
 from facm_platform.training.parallel import mean_over_workers
+
+TIME_BINS = 8
+_COUNT = "count"
 
 # Asking is a collective of some milliseconds; machines are taken away two minutes after notice.
 _LOOK_SECONDS = 5.0
@@ -53,9 +58,18 @@ class MetricWindow:
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
+        self._bins: dict[str, Tensor] = {}
         self.steps = 0
         self._images = 0
         self._started = time.perf_counter()
+        self._waited = 0.0
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """The time of the block is spent without work."""
+        started = time.perf_counter()
+        yield
+        self._waited += time.perf_counter() - started
 
     def add(self, metrics: dict[str, Tensor], images: int) -> None:
         """Take in one step."""
@@ -64,13 +78,39 @@ class MetricWindow:
         self.steps += 1
         self._images += images
 
+    def add_rows(self, rows: dict[str, Tensor]) -> None:
+        """Take in values of single rows, to be averaged by their time ``t``."""
+        values = dict(rows)
+        bins = (values.pop("t") * TIME_BINS).long().clamp(0, TIME_BINS - 1)
+        for name, value in {**values, _COUNT: torch.ones_like(bins)}.items():
+            if name not in self._bins:
+                self._bins[name] = torch.zeros(TIME_BINS, dtype=torch.float64, device=bins.device)
+            self._bins[name].index_add_(0, bins, value.double())
+
     def close(self) -> dict[str, float]:
         """Means over the window's steps and over the workers, and images/s. A collective."""
-        sums = torch.stack([value.double() for value in self._sums.values()])
-        means = (mean_over_workers(sums) / self.steps).tolist()
         seconds = time.perf_counter() - self._started
-        values = dict(zip(self._sums, means, strict=True))
-        return values | {"images_per_second": self._images / seconds}
+        waited = next(iter(self._sums.values())).new_tensor(self.steps * self._waited / seconds)
+        sums = {name: value.double() for name, value in self._sums.items()}
+        sums["data_wait_share"] = waited.double()
+        means = (mean_over_workers(torch.stack([*sums.values()])) / self.steps).tolist()
+        values = dict(zip(sums, means, strict=True))
+        return values | self._by_time() | {"images_per_second": self._images / seconds}
+
+    def _by_time(self) -> dict[str, float]:
+        """``name/t0`` is the mean over the rows of the window with t in the first bin of [0, 1]."""
+        if not self._bins:
+            return {}
+        bins = dict(
+            zip(self._bins, mean_over_workers(torch.stack([*self._bins.values()])), strict=True)
+        )
+        count = bins.pop(_COUNT)
+        return {
+            f"{name}/t{index}": float(total[index] / count[index])
+            for name, total in bins.items()
+            for index in range(TIME_BINS)
+            if count[index]
+        }
 
 
 def progress_line(job: str, images_seen: int, total_images: int, metrics: dict[str, float]) -> str:

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from ray.data import DataIterator
 from ray.train import Checkpoint, CheckpointUploadMode
 from ray.train.collective import broadcast_from_rank_zero
+from ray.util.metrics import Gauge
 
 from facm_platform.latents import Batch, LatentStream
 from facm_platform.latents.source import Make, Worker, ray_batches
@@ -36,6 +37,8 @@ class RayContext:
 
     def __init__(self, folder_uri: str, stall_seconds: float) -> None:
         self._watchdog = Watchdog(stall_seconds)
+        self._run = folder_uri.rsplit("/", 1)[-1]
+        self._gauges: dict[str, Gauge] = {}
         self._folder_uri = folder_uri
         # Checkpoints are written beside the steps, whose collectives must not meet theirs.
         self._writers = cast(dist.ProcessGroup, dist.new_group(backend="gloo"))
@@ -57,6 +60,15 @@ class RayContext:
     def moved(self, images_seen: int, doing: str) -> None:
         """Tell the watchdog."""
         self._watchdog.moved(images_seen, doing)
+
+    def publish(self, metrics: dict[str, float]) -> None:
+        """As gauges ``ray_facm_…`` of rank 0, by run."""
+        if self.rank == 0:
+            for name, value in metrics.items():
+                key = "facm_" + name.replace("/", "_")
+                if key not in self._gauges:
+                    self._gauges[key] = Gauge(key, description=name, tag_keys=("run",))
+                self._gauges[key].set(value, {"run": self._run})
 
     def preempted(self) -> bool:
         """As Ray has been told, by the cloud or by ``ray drain-node``."""
