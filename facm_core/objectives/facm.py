@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Generator, Tensor
@@ -164,6 +164,39 @@ class FACM:
         losses_fm = sum(row_errors(f_fm, v), torch.zeros_like(t))
         rows = {"t": t, "loss_fm": losses_fm, "loss_cm": losses_cm.detach()}
         return ObjectiveOutput(loss=loss, metrics=metrics, rows=rows)
+
+    def tasks(self) -> tuple[FACM, FACM]:
+        """The anchor alone, and the shortcut alone."""
+        configs = replace(self.config, lambda_cm=0.0), replace(self.config, lambda_fm=0.0)
+        anchor, shortcut = (FACM(config, recompute=self.recompute) for config in configs)
+        return anchor, shortcut
+
+    def anchor_error(
+        self,
+        student: VelocityModel,
+        x_1: Tensor,
+        condition: Condition,
+        teacher: VelocityModel | None,
+        draws: Draws,
+    ) -> tuple[Tensor, Tensor]:
+        """Σ‖F − v‖² and Σ‖v‖² of the student's velocity F at the anchor, without graph.
+
+        Args:
+            student: Network under training.
+            x_1: Normalised data.
+            condition: Conditioning of its rows.
+            teacher: Frozen velocity network, or None.
+            draws: Noise, times and dropped rows.
+        """
+        time, r = anchor_time(draws.t, self.config.conditioning)
+        x_t = interpolate(draws.x_0, x_1, draws.t)
+        condition = drop_condition(student, condition, draws.dropped)
+        v = target_velocity(
+            student, teacher, self.config.guidance, x_t, x_1, condition, draws, (time, r)
+        )
+        with torch.no_grad():
+            velocity = student(x_t, time, condition, r).to(v.dtype)
+        return (velocity - v).square().sum(), v.square().sum()
 
     def check_student(self, student: VelocityModel) -> None:
         """Raise `InvalidInputError` unless the student's time inputs fit the conditioning."""

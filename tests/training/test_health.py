@@ -17,6 +17,7 @@ from facm_platform.training.context import LocalContext, single_process_group
 from facm_platform.training.health import peak_memory, update_to_weight
 from facm_platform.training.loop import step_seed, train
 from facm_platform.training.progress import TIME_BINS, MetricWindow
+from facm_platform.training.task import TrainingTask
 from tests.training.conftest import TRAIN, MakeTask
 
 
@@ -106,3 +107,60 @@ def test_peak_memory_is_this_process() -> None:
     before = peak_memory(torch.device("cpu"))
     held = torch.ones(64 << 20, dtype=torch.uint8)
     assert peak_memory(torch.device("cpu")) - before > 0.9 * held.nbytes
+
+
+def plain_gradient(task: TrainingTask, config: FACMConfig, start: int) -> torch.Tensor:
+    """Of a batch, for a student that is the teacher."""
+    assert task.teacher_uri is not None
+    student, teacher = (load_artifact(task.teacher_uri).model for _ in range(2))
+    parameters = [p.requires_grad_() for n, p in student.named_parameters() if n != "pos_embed"]
+    (batch,) = local_batches(task.stream, start, start + 8, 8)
+    generator = torch.Generator().manual_seed(step_seed(0, start))
+    loss = FACM(config)(student, batch.latents, batch.condition, teacher, generator=generator).loss
+    return torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters)])
+
+
+def test_cosine_of_the_gradients_and_drift_of_the_anchor(
+    make_task: MakeTask, tmp_path: Path
+) -> None:
+    """After steps that change nothing, so that the student is the teacher."""
+    settings = replace(TRAIN, learning_rate=1e-30, health_images=32, log_images=16)
+    task = make_task(train=settings)
+    context = Recording(tmp_path / "run")
+    train(task, context)
+    looks = [metrics for metrics in context.published if "anchor_drift" in metrics]
+    assert len(context.published) == 6
+    assert len(looks) == 3
+
+    config = FACMConfig()
+    fm = plain_gradient(task, replace(config, lambda_cm=0), 24)
+    cm = plain_gradient(task, replace(config, lambda_fm=0), 24)
+    expected = float(torch.dot(fm, cm) / fm.norm() / cm.norm())
+    assert looks[0]["gradient_cosine"] == pytest.approx(expected, abs=1e-3)
+
+    # The student's velocity is the teacher's own, the target is guided.
+    assert task.teacher_uri is not None
+    teacher = load_artifact(task.teacher_uri).model
+    (batch,) = local_batches(task.stream, 0, 8, 8)
+    draws = FACM(config).draw(batch.latents.shape, torch.Generator().manual_seed(0))
+    t = draws.t[:, None, None, None]
+    x_t = t * batch.latents + (1 - t) * draws.x_0
+    null = torch.full_like(batch.condition, 10)
+    label = torch.where(draws.dropped, null, batch.condition)
+    with torch.no_grad():
+        conditional, unconditional = teacher(x_t, draws.t, label), teacher(x_t, draws.t, null)
+        student = teacher(x_t, 2 - draws.t, label)
+    inside = (draws.t >= config.guidance.low) & (draws.t <= config.guidance.high) & ~draws.dropped
+    scale = torch.where(inside, config.guidance.scale, 1.0)[:, None, None, None]
+    guided = unconditional + scale * (conditional - unconditional)
+    expected = float((student - guided).norm() / guided.norm())
+    assert [look["anchor_drift"] for look in looks] == pytest.approx([expected] * 3, rel=1e-4)
+
+
+def test_a_task_without_weight_has_no_cosine(make_task: MakeTask, tmp_path: Path) -> None:
+    settings = replace(TRAIN, images=16, health_images=16)
+    task = make_task(train=settings, objective=FACMConfig(lambda_fm=0))
+    context = Recording(tmp_path / "run")
+    train(task, context)
+    assert "anchor_drift" in context.published[-1]
+    assert "gradient_cosine" not in context.published[-1]

@@ -90,6 +90,8 @@ class TrainConfig:
         keep_averages: Whether the averages of the others are kept, from which `jobs/export.py`
             makes an average of any width.
         log_images: Distance between logged metrics.
+        health_images: Distance between the looks that cost some steps: whether the gradients of
+            both tasks agree, and how far the anchor has drifted from its target on fixed rows.
         max_hours: The run ends, with a checkpoint and an artefact, so long after this command has
             begun to train; the same command goes on from there. None: at `images`.
         max_skipped_in_a_row: Non-finite steps are skipped, and their batches kept; this many in a
@@ -124,6 +126,7 @@ class TrainConfig:
     keep_checkpoints: int = 2
     keep_averages: bool = True
     log_images: int = 10_000
+    health_images: int = 500_000
     max_hours: float | None = None
     max_skipped_in_a_row: int = 10
     max_rollbacks: int = 0
@@ -135,6 +138,7 @@ class TrainConfig:
             "checkpoint_images",
             "keep_checkpoints",
             "log_images",
+            "health_images",
             "max_skipped_in_a_row",
             "window_groups",
             "replicas",

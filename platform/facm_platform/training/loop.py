@@ -17,7 +17,7 @@ from torch.nn.utils import clip_grad_norm_
 from facm_core.ema import PowerEMA
 from facm_core.errors import InvalidInputError
 from facm_core.models import LightningDiT
-from facm_core.objectives import Draws
+from facm_core.objectives import FACM, Draws, Objective
 from facm_platform.latents import Batch
 from facm_platform.latents.stream import dealt_to
 from facm_platform.registry import load_artifact, save_artifact
@@ -25,7 +25,12 @@ from facm_platform.storage import join, upload_folder, write_bytes
 from facm_platform.tracking import MetricSender
 from facm_platform.training.checkpoint import StagedState, TrainState
 from facm_platform.training.context import WorkerContext
-from facm_platform.training.health import peak_memory, update_to_weight
+from facm_platform.training.health import (
+    AnchorDrift,
+    gradient_cosine,
+    peak_memory,
+    update_to_weight,
+)
 from facm_platform.training.parallel import (
     Sharding,
     differing_replicas,
@@ -56,6 +61,9 @@ def step_seed(seed: int, images_seen: int, rollbacks: int = 0) -> int:
     return int(state[0] >> 1)
 
 
+# On which the drift of the anchor is measured.
+_ANCHOR_ROWS = 64
+
 # Of a run: enough to see what is wrong.
 _KEPT_BATCHES = 20
 
@@ -81,6 +89,7 @@ class _Trainer:
         self._resume()
         self._clock = Clock(self.settings.max_hours)
         self._left = self._checked = False
+        self._anchor: AnchorDrift | None = None
         with self._metric_sender() as sender:
             while not self._train(sender):
                 self._roll_back()
@@ -107,7 +116,8 @@ class _Trainer:
         batches = self._batches()
         while (batch := self._next(batches, window)) is not None:
             self._moved("in a step")
-            finite, notices = self._step(batch, window)
+            draws = self._draws(batch)
+            finite, notices = self._step(batch, draws, window)
             skipped_in_a_row = 0 if finite else skipped_in_a_row + 1
             if skipped_in_a_row == settings.max_skipped_in_a_row:
                 return False
@@ -115,6 +125,8 @@ class _Trainer:
                 counts = {"skipped_steps": state.skipped_steps, "rollbacks": state.rollbacks}
                 state.metrics = window.close() | {k: float(v) for k, v in counts.items()}
                 state.metrics |= self._health()
+                if isinstance(self.objective, FACM) and self._due(settings.health_images):
+                    state.metrics |= self._look_closely(self.objective, batch, draws)
                 window = MetricWindow()
                 self._log(sender)
             last = notices.time_is_up or state.images_seen == settings.total_images
@@ -144,6 +156,20 @@ class _Trainer:
             "update_to_weight": update_to_weight(self.state.optimizer),
             "memory_mib": peak_memory(self.context.device) / 2**20,
         }
+
+    def _look_closely(self, facm: FACM, batch: Batch, draws: Draws) -> dict[str, float]:
+        """What takes passes of its own. A collective."""
+        context, state = self.context, self.state
+        if self._anchor is None:
+            rows = max(context.world_size, min(_ANCHOR_ROWS, self.settings.global_batch_size))
+            rank, ranks = context.rank, context.world_size
+            self._anchor = AnchorDrift(facm, self.task.stream, rows, rank, ranks, context.device)
+        cosine = gradient_cosine(
+            state.student, lambda task: self._gradients(batch, draws, task), facm
+        )
+        drift = self._anchor.measure(state.student, self.teacher)
+        # No cosine where one task has no weight.
+        return {"anchor_drift": drift} | ({} if cosine is None else {"gradient_cosine": cosine})
 
     def _moved(self, doing: str) -> None:
         self.context.moved(self.state.images_seen, doing)
@@ -184,15 +210,14 @@ class _Trainer:
             teacher = replace(sharding, replicas=replicas).apply(teacher, device)
         return sharding.apply(student, device), teacher
 
-    def _step(self, batch: Batch, window: MetricWindow) -> tuple[bool, Notices]:
+    def _step(self, batch: Batch, draws: Draws, window: MetricWindow) -> tuple[bool, Notices]:
         """One optimizer step.
 
         Returns:
             False if it was skipped because something was not finite; and what rank 0's clock says.
         """
         state, batch_size = self.state, self.settings.global_batch_size
-        draws = self._draws(batch)
-        metrics, rows = self._gradients(batch, draws)
+        metrics, rows = self._gradients(batch, draws, self.objective)
         if not self._checked:
             self._check_gradients()
         parameters = state.student.parameters()
@@ -226,9 +251,9 @@ class _Trainer:
         self._checked = True
 
     def _gradients(
-        self, batch: Batch, draws: Draws
+        self, batch: Batch, draws: Draws, objective: Objective
     ) -> tuple[dict[str, torch.Tensor], list[dict[str, torch.Tensor]]]:
-        """Leave the gradient of the batch's mean loss in the student.
+        """Leave the gradient of the batch's mean `objective` in the student.
 
         Returns:
             Loss and metrics, and values of the rows of each pass. The metrics' means over the
@@ -247,7 +272,7 @@ class _Trainer:
                 # Others have one row more. The pass is a collective: take part with any row.
                 part = slice(1)
             some = batch[part].to(device)
-            output = self.objective(
+            output = objective(
                 self.state.student,
                 some.latents,
                 some.condition,

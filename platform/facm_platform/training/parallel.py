@@ -120,8 +120,7 @@ def _place(tensors: Iterable[Tensor]) -> int:
 
 
 def _bytes(tensor: Tensor) -> bytes:
-    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-    return local.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    return local(tensor).detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
 def gather(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -132,6 +131,11 @@ def gather(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def whole(tensor: Tensor) -> Tensor:
     """A distributed tensor in one piece (a collective), another tensor as it is."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's shard of a distributed tensor, another tensor as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def mean_over_workers(values: Tensor) -> Tensor:
