@@ -24,7 +24,7 @@ from facm_core.ema import PowerEMA
 from facm_core.guidance import GuidanceConfig
 from facm_core.jvp import anchored_jvp, chain_jvp
 from facm_core.objectives import FACM, FACMConfig
-from facm_platform.training.parallel import shard
+from facm_platform.training.parallel import Sharding
 from tests.core.ranks import be_a_rank, build, mean_over_ranks, rows_of_this_rank, whole
 
 Case = dict[str, Any]
@@ -48,7 +48,7 @@ def spread(model: Any, case: Case) -> Any:
     if case["mesh"] is None:
         return model
     if case["precision"] != "float64":
-        return shard(model.float(), torch.device("cpu"), case["precision"])
+        return Sharding(precision=case["precision"]).apply(model.float(), torch.device("cpu"))
     parts = [block.mlp for block in model.blocks] if case["units_in_blocks"] else []
     for unit in (*model.time_embedders, *model.shared_parts, *parts, *model.blocks, model):
         fully_shard(unit, mesh=device_mesh(tuple(case["mesh"])))

@@ -173,7 +173,7 @@ def test_dry_run_starts_nothing_and_tells_the_plan(
     out = capsys.readouterr().out
     assert status == 0
     assert "64 images in batches of 8 on 2 workers" in out
-    assert "MiB a worker" in out
+    assert "MiB for each of 2 workers" in out
     assert not (tmp_path / "runs").exists()
 
 

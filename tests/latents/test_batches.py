@@ -17,7 +17,8 @@ from ray.data import DataIterator
 from facm_core.errors import InvalidInputError
 from facm_platform.latents import Batch, LatentManifest, LatentStream, Part, local_batches
 from facm_platform.latents.manifest import part_name
-from facm_platform.latents.source import Make, Worker, _dealt, ray_batches
+from facm_platform.latents.reading import _dealt
+from facm_platform.latents.source import Make, Worker, ray_batches
 from facm_platform.latents.statistics import ChannelStatistics
 from facm_platform.latents.stream import StreamTask
 from facm_platform.latents.tables import RowFormat
@@ -196,7 +197,7 @@ def test_slow_tasks_and_many_executions_change_nothing(
         return _dealt(task, workers)
 
     # The first task is slow, for the others to overtake.
-    monkeypatch.setattr("facm_platform.latents.source._dealt", with_delay)
+    monkeypatch.setattr("facm_platform.latents.reading._dealt", with_delay)
     stream = stream_of(latent_set)
     assert len(list(stream.tasks(7, 7 + 320))) > 10
     here = list(local_batches(stream, 7, 7 + 320, 16))
@@ -211,7 +212,7 @@ def test_rows_dealt_to_the_wrong_worker_are_noticed(
     def confused(task: StreamTask, workers: int) -> list[pa.Table]:
         return list(_dealt(task, workers))[::-1]
 
-    monkeypatch.setattr("facm_platform.latents.source._dealt", confused)
+    monkeypatch.setattr("facm_platform.latents.reading._dealt", confused)
     with pytest.raises(RuntimeError, match=r"dealt row \d+ to a worker that waits for \d"):
         of_all_workers(stream_of(latent_set), 2, 0, 64, 32)
 

@@ -17,14 +17,14 @@ from typing import cast
 import pyarrow as pa
 import ray.data
 import torch
-from ray.data import DataIterator, Datasource, ReadTask
-from ray.data.block import BlockMetadata
+from ray.data import DataIterator
 
 from facm_core.errors import require
 from facm_platform.latents._ray_data import ordered_and_quiet
 from facm_platform.latents.batches import Batch, batches_of
-from facm_platform.latents.stream import LatentStream, StreamTask, dealt_to, read
-from facm_platform.latents.tables import packed, unpacked
+from facm_platform.latents.reading import NUMBER, StreamDatasource
+from facm_platform.latents.stream import LatentStream, StreamTask, dealt_to
+from facm_platform.latents.tables import unpacked
 
 READ_TASK_CPUS = 0.25
 READ_TASKS_AT_ONCE = 2
@@ -32,10 +32,6 @@ READ_AHEAD_BYTES = 512 << 20
 
 # Bounds the plan that Ray Data keeps in memory: a longer stream becomes several executions.
 _TASKS_PER_EXECUTION = 1024
-# In how many rounds the rows of a task are dealt out: the first batch waits for two of them.
-_ROUNDS = 4
-
-_NUMBER = "number"
 
 Make = Callable[[], list[DataIterator]]
 
@@ -123,7 +119,7 @@ def _shares(tasks: list[StreamTask], worker: Worker) -> Iterator[pa.Table]:
     schema = tasks[0].format.drawn().schema
     expected = worker.rows(tasks[0].number, worker.count).start
     for share in _blocks(iterators[worker.rank]):
-        number, table = share.column(_NUMBER)[0].as_py(), unpacked(share, schema)
+        number, table = share.column(NUMBER)[0].as_py(), unpacked(share, schema)
         if number != expected:
             raise RuntimeError(f"Ray Data dealt row {number} to a worker that waits for {expected}")
         expected += len(table) * worker.count
@@ -141,7 +137,7 @@ def _blocks(iterator: DataIterator) -> Iterable[pa.Table]:
 def _split(tasks: list[StreamTask], workers: int) -> list[DataIterator]:
     """The iterators of all workers over one data set."""
     dataset = ray.data.read_datasource(
-        _StreamDatasource(tasks, workers),
+        StreamDatasource(tasks, workers),
         num_cpus=READ_TASK_CPUS,
         concurrency=min(READ_TASKS_AT_ONCE, len(tasks)),
         override_num_blocks=len(tasks),
@@ -156,55 +152,6 @@ def _split(tasks: list[StreamTask], workers: int) -> list[DataIterator]:
     dataset = ordered_and_quiet(dataset)
     # One worker needs nobody to deal, which would be an actor to wait for.
     return dataset.streaming_split(workers, equal=True) if workers > 1 else [dataset.iterator()]
-
-
-class _StreamDatasource(Datasource):
-    """One Ray Data read task for each task of a stream, in order; a row is a worker's share."""
-
-    def __init__(self, tasks: list[StreamTask], workers: int) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self._bytes = sum(_bytes(task) for task in tasks)
-        self._read_tasks = [
-            ReadTask(
-                partial(_dealt, task, workers),
-                BlockMetadata(
-                    num_rows=_ROUNDS * workers,
-                    size_bytes=_bytes(task),
-                    input_files=None,
-                    exec_stats=None,
-                ),
-            )
-            for task in tasks
-        ]
-
-    def get_name(self) -> str:
-        return "LatentStream"
-
-    def estimate_inmemory_data_size(self) -> int:
-        return self._bytes
-
-    def get_read_tasks(
-        self,
-        parallelism: int,
-        per_task_row_limit: int | None = None,
-        data_context: ray.data.DataContext | None = None,
-    ) -> list[ReadTask]:
-        return self._read_tasks
-
-
-def _bytes(task: StreamTask) -> int:
-    return task.rows * task.format.drawn().row_bytes
-
-
-def _dealt(task: StreamTask, workers: int) -> Iterator[pa.Table]:
-    """Every worker's share of `task`, some rows of each at a time."""
-    tables = read(task, workers)
-    firsts = [dealt_to(worker, workers, task.number, workers).start for worker in range(workers)]
-    for turn in range(_ROUNDS):
-        for table, first in zip(tables, firsts, strict=True):
-            start, stop = (len(table) * edge // _ROUNDS for edge in (turn, turn + 1))
-            number = pa.array([first + start * workers])
-            yield packed(table[start:stop]).append_column(_NUMBER, number)
 
 
 def _one_ahead(batches: Iterator[Batch]) -> Iterator[Batch]:
