@@ -5,6 +5,8 @@ SEEDS ?= 10
 ARGS ?=
 
 BIN := .venv/bin
+# Two at a time: most tests wait for processes to start. One thread each, or they fight over cores.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 LOCKED := .venv/.locked
 # Resolves requirements.lock; any version will do.
 UV_VENV := .venv-uv
@@ -30,10 +32,10 @@ quickstart: $(LOCKED) ## encode, pretrain, distill, evaluate and register on han
 	$(BIN)/python jobs/quickstart.py $(ARGS)
 
 test: $(LOCKED) ## the fast tests (ARGS=...)
-	$(BIN)/python -m pytest $(ARGS)
+	$(PYTEST) --dist worksteal $(ARGS)
 
 test-slow: $(LOCKED) ## the slow tests: end to end, kills, submissions (ARGS=...)
-	$(BIN)/python -m pytest -m slow $(ARGS)
+	$(PYTEST) --dist loadfile -m slow $(ARGS)
 
 drill: $(LOCKED) ## kill workers, drivers, nodes and uploads at random steps (SEEDS=10)
 	DRILL_SEEDS=$(SEEDS) $(BIN)/python -m pytest -m slow -s tests/jobs/test_drill.py $(ARGS)

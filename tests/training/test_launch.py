@@ -29,11 +29,14 @@ from tests.training.conftest import TRAIN, MakeTask, plain_distillation, weights
 @pytest.mark.parametrize(
     "options",
     [
-        {},
-        {"reshard_after_forward": False, "shard_teacher": False},
-        {"replicas": 2, "fused": True},
+        pytest.param({}, id="sharded"),
+        pytest.param(
+            {"reshard_after_forward": False, "shard_teacher": False},
+            id="gathered",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param({"replicas": 2, "fused": True}, id="replicated", marks=pytest.mark.slow),
     ],
-    ids=["sharded", "gathered", "replicated"],
 )
 def test_two_sharded_workers_equal_one_plain_process(
     make_task: MakeTask, options: dict[str, Any]
@@ -125,6 +128,7 @@ def test_nan_on_one_rank_skips_the_step_on_all(poisoned_task: MakeTask) -> None:
         assert torch.equal(tensors["draws.x_0"], draws.x_0[rank::2])
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("ray_cluster")
 def test_what_no_second_try_would_mend_is_not_tried_again(poisoned_task: MakeTask) -> None:
     task = poisoned_task(first=1, steps=10**6)
@@ -136,6 +140,7 @@ def test_what_no_second_try_would_mend_is_not_tried_again(poisoned_task: MakeTas
     assert kept == {f"images-{8 * step:012d}" for step in range(2, 12)}
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_worker_without_memory_says_what_helps(poisoned_task: MakeTask) -> None:
     task = poisoned_task(first=1, steps=10**6, memory=True)
