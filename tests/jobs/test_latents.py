@@ -33,6 +33,7 @@ def test_every_command(run_job: RunJob, tmp_path: Path, digits_uri: str, command
         assert Image.open(sheet).size == (4 + 8 * 68, 4 + 8 * 84)
 
 
+@pytest.mark.slow
 def test_out_and_in_again(run_job: RunJob, tmp_path: Path, digits_uri: str) -> None:
     done = run_job("latents", "export", digits_uri, "published")
     assert done.returncode == 0, done.stderr
@@ -50,6 +51,7 @@ def test_out_and_in_again(run_job: RunJob, tmp_path: Path, digits_uri: str) -> N
     assert "holds this latent set already: nothing to do" in again.stdout
 
 
+@pytest.mark.slow
 def test_what_ends_a_worker_is_told_like_other_bad_input(run_job: RunJob, tmp_path: Path) -> None:
     latents = np.full((4, 1, 2, 2), np.nan, np.float32)
     tensors = {"latents": latents, "labels": np.zeros(4, np.int64)}
