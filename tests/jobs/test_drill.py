@@ -108,7 +108,7 @@ class UploadsThatKill(FaultyS3):
         return ""
 
 
-class Fixture:
+class DrillSite:
     """The cluster, and what runs leave in the bucket."""
 
     def __init__(self, bucket: str, folder: Path, data_uri: str, teacher_uri: str) -> None:
@@ -179,12 +179,12 @@ def drill(
     object_store: None,
     digits_uri: str,
     teacher_uri: str,
-) -> Iterator[Fixture]:
+) -> Iterator[DrillSite]:
     boto3.client("s3").create_bucket(Bucket="drill")
     folder = tmp_path_factory.mktemp("drill")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("AWS_ENDPOINT_URL", os.environ["AWS_ENDPOINT_URL"])
-        drill = Fixture("s3://drill", folder, digits_uri, teacher_uri)
+        drill = DrillSite("s3://drill", folder, digits_uri, teacher_uri)
         try:
             yield drill
         finally:
@@ -192,7 +192,7 @@ def drill(
 
 
 @pytest.fixture(scope="module")
-def undisturbed(drill: Fixture) -> bytes:
+def undisturbed(drill: DrillSite) -> bytes:
     driver = drill.start("undisturbed")
     driver.finish()
     assert driver.resumed_at == 0
@@ -202,7 +202,7 @@ def undisturbed(drill: Fixture) -> bytes:
 @pytest.mark.parametrize("seed", range(SEEDS))
 @pytest.mark.parametrize("kind", ["worker-0", "worker-1", "driver", "node", "upload"])
 def test_nothing_is_lost(
-    drill: Fixture,
+    drill: DrillSite,
     undisturbed: bytes,
     kind: str,
     seed: int,
@@ -250,7 +250,7 @@ def test_nothing_is_lost(
         export(f"{drill.runs}/{name}/{checkpoint}", str(tmp_path / checkpoint))
 
 
-def test_fewer_workers_and_more_again(drill: Fixture) -> None:
+def test_fewer_workers_and_more_again(drill: DrillSite) -> None:
     """2, 1 and 2 workers: the losses of a run of two, with steps slow enough to see it happen."""
     options = ["train.images=128000", "train.global_batch_size=64", "train.log_images=640"]
     options += ["train.checkpoint_images=1280"]

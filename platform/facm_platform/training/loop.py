@@ -187,7 +187,7 @@ class _Trainer:
                 )
             )
         self.state.rollbacks = rollbacks
-        self._say(f"{self.task.job}: rolled back, for the {rollbacks}. time")
+        self._say(f"{self.task.job}: rolled back ({rollbacks} of {settings.max_rollbacks})")
 
     def _networks(self) -> tuple[LightningDiT, LightningDiT | None]:
         """Student and teacher, sharded. A distilled student starts from the teacher's weights."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -90,12 +91,15 @@ class Sharding:
 def differing_replicas(tensors: Mapping[str, Tensor], group: Group = None) -> list[int]:
     """Ranks that hold something else than the lowest rank which should hold the same.
 
-    By hashes, on every rank: of what is not distributed, and of the same shards of what is.
+    By hashes, on every rank: of what is not distributed, and of the same shards of what is. Shards
+    that no other rank holds are left out.
     """
-    hashes = {place: hashlib.sha256() for place in (_EVERYWHERE, _place(tensors.values()))}
+    hashes: defaultdict[int, Any] = defaultdict(hashlib.sha256)
     for name in sorted(tensors):
         tensor = tensors[name]
-        digest = hashes[_place([tensor])]
+        if isinstance(tensor, DTensor) and tensor.device_mesh.ndim == 1:
+            continue
+        digest = hashes[_place(tensor)]
         digest.update(name.encode())
         digest.update(_bytes(tensor))
     mine = {place: digest.hexdigest() for place, digest in hashes.items()}
@@ -111,11 +115,10 @@ def differing_replicas(tensors: Mapping[str, Tensor], group: Group = None) -> li
     ]
 
 
-def _place(tensors: Iterable[Tensor]) -> int:
-    """Which shards they are; the last dimension of a mesh shards, one before it replicates."""
-    for tensor in tensors:
-        if isinstance(tensor, DTensor):
-            return (tensor.device_mesh.get_coordinate() or [0])[-1]
+def _place(tensor: Tensor) -> int:
+    """Which shard it is; the last dimension of a mesh shards, one before it replicates."""
+    if isinstance(tensor, DTensor):
+        return (tensor.device_mesh.get_coordinate() or [0])[-1]
     return _EVERYWHERE
 
 
