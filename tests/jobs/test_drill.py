@@ -258,7 +258,7 @@ def test_fewer_workers_and_more_again(drill: DrillSite) -> None:
     elastic.wait_until(lambda: elastic.images_seen >= 3200)
     assert "worker 1 of 2" in elastic.output
     drill.lose_node()
-    elastic.wait_until(lambda: "worker 0 of 1" in elastic.output)
+    elastic.wait_until(lambda: "worker 0 of 1" in elastic.output and elastic.resumed_at > 0)
     shrunk = elastic.resumed_at
     elastic.wait_until(lambda: elastic.images_seen >= shrunk + 3200)
     drill.add_node()

@@ -6,7 +6,7 @@ import math
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -41,7 +41,7 @@ _SHARD_ROWS = 10_000  # of the published extraction
 _BLOCK_ROWS = 2048
 _COLD_ROWS = 20_000
 _TURNS = 3
-_SAMPLE_SECONDS = 0.5
+_SAMPLE_SECONDS = 0.05
 Way = Callable[[int], Iterator[int]]
 """Reads about so many rows, and gives the number of each batch."""
 
@@ -56,7 +56,8 @@ class Timing:
         rows_per_second: From the call to the last row; the median of the turns, as the next.
         first_seconds: Until the first batch is there.
         cold_seconds: The same the first time, with processes to be started.
-        driver_mib: Most private memory of this process, above what it had before.
+        driver_mib: Most private memory of this process, above what it had before. In a turn of
+            its own, as the next: watching costs speed.
         worker_mib: Most private memory of any other process.
     """
 
@@ -206,13 +207,14 @@ def _timed(ways: dict[str, Way], rows: int) -> dict[str, Timing]:
     for _ in range(_TURNS):
         for name, way in ways.items():
             runs[name].append(_run(way, rows))
+    peaks = {name: _peak(way, rows) for name, way in ways.items()}
     return {
         name: Timing(
             rows_per_second=median(run.rows_per_second for run in runs[name]),
             first_seconds=median(run.first_seconds for run in runs[name]),
             cold_seconds=cold[name],
-            driver_mib=max(run.driver_bytes for run in runs[name]) / 2**20,
-            worker_mib=max(run.worker_bytes for run in runs[name]) / 2**20,
+            driver_mib=peaks[name].driver_bytes / 2**20,
+            worker_mib=peaks[name].worker_bytes / 2**20,
         )
         for name in ways
     }
@@ -222,44 +224,46 @@ def _timed(ways: dict[str, Way], rows: int) -> dict[str, Timing]:
 class _Run:
     rows_per_second: float
     first_seconds: float
-    driver_bytes: float
-    worker_bytes: float
 
 
 def _run(way: Way, rows: int) -> _Run:
-    with _memory() as peak:
-        started = time.perf_counter()
-        counts = way(rows)
-        read = next(counts)
-        first_seconds = time.perf_counter() - started
-        read += sum(counts)
-        seconds = time.perf_counter() - started
-    return _Run(read / seconds, first_seconds, peak["driver"], peak["worker"])
+    started = time.perf_counter()
+    counts = way(rows)
+    read = next(counts)
+    first_seconds = time.perf_counter() - started
+    read += sum(counts)
+    return _Run(read / (time.perf_counter() - started), first_seconds)
 
 
-@contextmanager
-def _memory() -> Iterator[dict[str, float]]:
-    """The most private memory while the block runs, of this process and of any other of Ray's."""
+@dataclass
+class _Peak:
+    driver_bytes: float = 0.0
+    worker_bytes: float = 0.0
+
+
+def _peak(way: Way, rows: int) -> _Peak:
+    """The most private memory during a run, of this process and of any other of Ray's."""
     me = psutil.Process()
     before = _private(me)
-    peak = {"driver": 0.0, "worker": 0.0}
+    peak = _Peak()
     done = threading.Event()
 
     def watch() -> None:
         while not done.wait(_SAMPLE_SECONDS):
-            peak["driver"] = max(peak["driver"], _private(me) - before)
+            peak.driver_bytes = max(peak.driver_bytes, _private(me) - before)
             for child in me.children(recursive=True):
                 with suppress(psutil.Error):
                     if child.name().startswith("ray::"):
-                        peak["worker"] = max(peak["worker"], _private(child))
+                        peak.worker_bytes = max(peak.worker_bytes, _private(child))
 
     thread = threading.Thread(target=watch)
     thread.start()
     try:
-        yield peak
+        sum(way(rows))
     finally:
         done.set()
         thread.join()
+    return peak
 
 
 def _private(process: psutil.Process) -> float:

@@ -40,8 +40,10 @@ TASK_BYTES = 16 << 20
 # order in storage is taken, which chance alone does not grant a set of a few dozen.
 _CANDIDATES = 16
 
-# Row groups of a window that are read at once, to hide the latency of an object store.
+# Row groups of a window that are read at once, to hide the latency of an object store. For the life
+# of the process: a thread that ends leaves behind what Arrow had allocated for it.
 _READERS = 4
+_POOL = ThreadPoolExecutor(_READERS, "read-row-group")
 
 # What randomness is for; the first number of its seed.
 _GROUPS, _ROWS = 0, 1
@@ -300,12 +302,11 @@ class _RowGroups:
 
     def of(self, window: Window) -> Iterator[tuple[RowGroup, pa.Table]]:
         """Every row group of the window with all its rows, in stored order."""
-        with ThreadPoolExecutor(_READERS) as pool:
-            coming: deque[Future[pa.Table]] = deque()
-            for index, group in enumerate(window.groups):
-                for ahead in window.groups[index + len(coming) : index + _READERS]:
-                    coming.append(pool.submit(self._table, ahead))
-                yield group, coming.popleft().result()
+        coming: deque[Future[pa.Table]] = deque()
+        for index, group in enumerate(window.groups):
+            for ahead in window.groups[index + len(coming) : index + _READERS]:
+                coming.append(_POOL.submit(self._table, ahead))
+            yield group, coming.popleft().result()
 
     def _table(self, group: RowGroup) -> pa.Table:
         if group in self._kept:
