@@ -55,6 +55,7 @@ def test_workers_that_do_not_fit_are_refused(make_task: MakeTask) -> None:
         launch(make_task(), WorkersConfig(max=8, cpus=1))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_run_goes_on_with_another_number_of_workers(make_task: MakeTask) -> None:
     """And with numbers that do not divide a batch, in passes that are not equally full."""
