@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,10 +13,11 @@ from safetensors.torch import load_file
 
 from facm_core.ema import PowerEMA
 from facm_core.models import LightningDiT
-from facm_core.objectives import FACM, FACMConfig, FlowMatchingConfig
-from facm_platform.latents import LatentManifest, LatentStream, local_batches
+from facm_core.objectives import SCM, FACMConfig, FlowMatchingConfig
+from facm_platform.latents import Batch, LatentManifest, LatentStream, local_batches
 from facm_platform.registry import load_artifact
 from facm_platform.training.config import TrainConfig
+from facm_platform.training.context import LocalContext, single_process_group
 from facm_platform.training.loop import step_seed
 from facm_platform.training.task import TrainingTask
 from tests.small import artifact_config
@@ -53,6 +55,34 @@ def make_task(tmp_path: Path, digits_uri: str, teacher_uri: str) -> MakeTask:
     return make
 
 
+@pytest.fixture
+def process_group() -> Iterator[None]:
+    """One rank, this process."""
+    with single_process_group():
+        yield
+
+
+class Interrupted(Exception):
+    """Stands for a killed process."""
+
+
+class InterruptedContext(LocalContext):
+    """Dies when asked for the batch after `batches_left`; `poison` makes one batch NaN."""
+
+    def __init__(self, folder: Path, batches_left: int = 10**9, poison: int = -1) -> None:
+        super().__init__(folder)
+        self.batches_left, self.poison = batches_left, poison
+
+    def batches(
+        self, stream: LatentStream, start_row: int, stop_row: int, batch_rows: int
+    ) -> Iterator[Batch]:
+        for index, batch in enumerate(super().batches(stream, start_row, stop_row, batch_rows)):
+            if index == self.batches_left:
+                raise Interrupted
+            bad = index == self.poison or self.poison == -2
+            yield replace(batch, latents=batch.latents * float("nan")) if bad else batch
+
+
 def weights(task: TrainingTask) -> dict[str, torch.Tensor]:
     """The artefact that a run of `task` has left."""
     return load_file(Path(task.artifact_uri) / "model.safetensors")
@@ -61,23 +91,30 @@ def weights(task: TrainingTask) -> dict[str, torch.Tensor]:
 def plain_distillation(task: TrainingTask) -> dict[str, torch.Tensor]:
     """Oracle: averaged weights of the same steps without FSDP, Ray, contexts or windows."""
     assert task.teacher_uri is not None
-    assert isinstance(task.objective, FACMConfig)
     teacher = load_artifact(task.teacher_uri).model
+    torch.manual_seed(TRAIN.seed)  # for the parameters that the teacher does not have
     student = LightningDiT(task.artifact.architecture)
-    student.load_state_dict(teacher.state_dict())
-    facm = FACM(task.objective)
-    adamw = torch.optim.AdamW(
-        [p for p in student.parameters() if p.requires_grad], betas=(0.9, 0.999), weight_decay=0
-    )
+    student.load_state_dict(teacher.state_dict(), strict=False)
+    objective: Any = task.build_objective()
+    parameters = [p for p in student.parameters() if p.requires_grad]
+    parameters += objective.parameters() if isinstance(objective, SCM) else []
+    adamw = torch.optim.AdamW(parameters, betas=(0.9, 0.999), weight_decay=0)
     ema = PowerEMA(student, [0.2])
     rows = TRAIN.global_batch_size
     for step, batch in enumerate(local_batches(task.stream, 0, TRAIN.images, rows)):
         seen = rows * (step + 1)
         generator = torch.Generator().manual_seed(step_seed(TRAIN.seed, rows * step))
-        loss = facm(student, batch.latents, batch.condition, teacher, generator=generator).loss
+        output = objective(
+            student,
+            batch.latents,
+            batch.condition,
+            teacher,
+            generator=generator,
+            images_seen=rows * step,
+        )
         adamw.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(student.parameters(), TRAIN.max_grad_norm)
+        output.loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, TRAIN.max_grad_norm)
         adamw.param_groups[0]["lr"] = TRAIN.learning_rate * min(1.0, seen / TRAIN.warmup_images)
         adamw.step()
         ema.update(student, images_seen=seen, images_step=rows)

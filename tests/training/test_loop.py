@@ -21,38 +21,19 @@ from facm_platform.latents import Batch, LatentStream
 from facm_platform.registry import load_artifact
 from facm_platform.training.checkpoint import RECORD
 from facm_platform.training.config import TrainConfig
-from facm_platform.training.context import LocalContext, single_process_group
+from facm_platform.training.context import LocalContext
 from facm_platform.training.loop import train
 from facm_platform.training.task import Hopeless, TrainingTask
-from tests.training.conftest import TRAIN, MakeTask, plain_distillation, weights
+from tests.training.conftest import (
+    TRAIN,
+    Interrupted,
+    InterruptedContext,
+    MakeTask,
+    plain_distillation,
+    weights,
+)
 
-
-@pytest.fixture(autouse=True)
-def process_group() -> Iterator[None]:
-    """One rank."""
-    with single_process_group():
-        yield
-
-
-class Interrupted(Exception):
-    """Stands for a killed process."""
-
-
-class InterruptedContext(LocalContext):
-    """Dies when asked for the batch after `batches_left`; `poison` makes one batch NaN."""
-
-    def __init__(self, folder: Path, batches_left: int = 10**9, poison: int = -1) -> None:
-        super().__init__(folder)
-        self.batches_left, self.poison = batches_left, poison
-
-    def batches(
-        self, stream: LatentStream, start_row: int, stop_row: int, batch_rows: int
-    ) -> Iterator[Batch]:
-        for index, batch in enumerate(super().batches(stream, start_row, stop_row, batch_rows)):
-            if index == self.batches_left:
-                raise Interrupted
-            bad = index == self.poison or self.poison == -2
-            yield replace(batch, latents=batch.latents * float("nan")) if bad else batch
+pytestmark = pytest.mark.usefixtures("process_group")
 
 
 @pytest.mark.parametrize("teacher", [True, False])

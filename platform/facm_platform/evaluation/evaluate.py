@@ -25,7 +25,7 @@ from facm_platform.evaluation.report import (
 from facm_platform.evaluation.sheet import Group, draw_sheet
 from facm_platform.latents import LatentManifest
 from facm_platform.registry import Artifact, load_artifact
-from facm_platform.registry.artifact import CARD, CONFIG, WEIGHTS
+from facm_platform.registry.artifact import CARD, CONFIG, OBJECTIVES, WEIGHTS
 from facm_platform.registry.versions import Version, register_version
 from facm_platform.storage import absolute, check_reachable, join, local_copy, write_bytes
 from facm_platform.tracking import (
@@ -185,7 +185,8 @@ class EvaluatePlan:
         tags = self._lineage() | {
             f"fid_nfe{steps}": repr(score.fid) for steps, score in scores["student"].items()
         }
-        description = f"FACM student, {as_table(self.protocol, scores)}"
+        method = OBJECTIVES[self.student.config.objective]
+        description = f"{method} student, {as_table(self.protocol, scores)}"
         return register_version(run, self.config.register_as, _MODEL_FOLDER, tags, description)
 
     def _lineage(self) -> dict[str, str]:

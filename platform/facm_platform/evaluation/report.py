@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from facm_platform.evaluation.protocol import Protocol
 from facm_platform.registry import ArtifactConfig
+from facm_platform.registry.artifact import OBJECTIVES
 
 SHEET = "samples.png"
 
@@ -99,7 +100,7 @@ def as_card(
     """Model card of the student, Markdown; the sheet lies beside it."""
     low, high = config.guidance_low, config.guidance_high
     facts = {
-        "objective": f"{config.objective}, {config.conditioning} conditioning",
+        "objective": f"{OBJECTIVES[config.objective]}, {config.conditioning} conditioning",
         "steps recommended": ", ".join(map(str, config.recommended_nfe)),
         "guidance baked in": f"{config.guidance_scale:g} on t in [{low:g}, {high:g}]",
         "images trained on": f"{config.images_seen:,}",
@@ -112,7 +113,7 @@ def as_card(
     }
     lines = [f"| {name} | {value} |" for name, value in facts.items()]
     return (
-        "# Few-step generator, distilled by FACM\n\n"
+        f"# Few-step generator, distilled by {OBJECTIVES[config.objective]}\n\n"
         f"![samples]({SHEET})\n\n"
         f"## Quality\n\n{as_table(protocol, scores)}\n"
         f"FID over {protocol.samples:,} samples with balanced labels, in the features of "

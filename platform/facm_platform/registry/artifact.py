@@ -26,6 +26,13 @@ from facm_platform.storage import absolute, local_copy, output_file
 
 SCHEMA_VERSION = 1
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
+OBJECTIVES = {
+    "flow_matching": "flow matching",
+    "facm": "FACM",
+    "mean_flow": "MeanFlow",
+    "scm": "sCM",
+}
+"""Name -> how it is written in texts."""
 _KIND = "lightning_dit"
 
 
@@ -37,7 +44,7 @@ class ArtifactConfig:
         schema_version: Of this format.
         role: ``teacher`` or ``student``.
         architecture: The network.
-        objective: What it was trained with: ``flow_matching`` or ``facm``.
+        objective: What it was trained with, one of `OBJECTIVES`.
         conditioning: How it is told what to predict: ``expanded`` (t or 2 − t), ``auxiliary``
             (t and r) or ``plain`` (t alone).
         guidance_scale: Guidance scale baked into a student, recommended for a teacher.
@@ -83,7 +90,7 @@ class ArtifactConfig:
             "Use the code that wrote the artefact, or train again",
         )
         require_one_of("role", self.role, ("teacher", "student"))
-        require_one_of("objective", self.objective, ("flow_matching", "facm"))
+        require_one_of("objective", self.objective, tuple(OBJECTIVES))
         require_one_of("conditioning", self.conditioning, ("expanded", "auxiliary", "plain"))
         require(
             self.architecture.second_time == (self.conditioning == "auxiliary"),

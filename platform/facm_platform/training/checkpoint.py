@@ -16,11 +16,11 @@ import pickle
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, optim
+from torch import Tensor, nn, optim
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
@@ -70,16 +70,17 @@ class TrainState:
     no state of their own.
 
     Attributes:
-        student: Sharded network under training.
+        trained: All that the optimizer changes: the sharded ``student``, and the ``objective``
+            where that has parameters of its own.
         optimizer: Its optimizer.
-        ema: Its averages.
+        ema: Averages of the student.
         images_seen: Images trained on.
         skipped_steps: Steps whose loss or gradient was not finite.
         rollbacks: How often the run went back to a checkpoint because it diverged.
         metrics: Of the last log window.
     """
 
-    student: LightningDiT
+    trained: nn.ModuleDict
     optimizer: optim.Optimizer
     ema: PowerEMA
     images_seen: int = 0
@@ -97,6 +98,11 @@ class TrainState:
                 use_non_blocking_copy=cuda,
             )
         )
+
+    @property
+    def student(self) -> LightningDiT:
+        """The network under training."""
+        return cast(LightningDiT, self.trained["student"])
 
     def staged(self, artifact: ArtifactConfig, keep_averages: bool) -> StagedState:
         """A copy in this machine's memory, for writing while training goes on.
@@ -123,9 +129,9 @@ class TrainState:
         record = _agreed(lambda: self._checked(folder, state, group), group)
         load(state, storage_reader=PlainReader(folder), process_group=group)
         set_state_dict(
-            self.student,
+            self.trained,
             self.optimizer,
-            model_state_dict=state["student"],
+            model_state_dict={n: t for n, t in state.items() if isinstance(t, Tensor)},
             optim_state_dict={"state": state["optimizer"], "param_groups": groups},
         )
         for name in _PROGRESS:
@@ -140,8 +146,8 @@ class TrainState:
 
     def _tensors(self) -> tuple[dict[str, Any], Any]:
         """What is stored, tensors only; and the optimizer's settings, which the recipe holds."""
-        student, optimizer = get_state_dict(self.student, self.optimizer)
-        state = {"student": student, "optimizer": optimizer["state"], "ema": self.ema.profiles}
+        trained, optimizer = get_state_dict(self.trained, self.optimizer)
+        state = {**trained, "optimizer": optimizer["state"], "ema": self.ema.profiles}
         return state, optimizer["param_groups"]
 
 

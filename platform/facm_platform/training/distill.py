@@ -1,4 +1,4 @@
-"""FACM distillation of a teacher into a student of 1 to 8 steps."""
+"""Distillation of a teacher into a student of 1 to 8 steps: by FACM, MeanFlow or sCM."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 
 from facm_core.errors import require
 from facm_core.models import LightningDiTConfig
-from facm_core.objectives import FACMConfig
+from facm_core.objectives import FACMConfig, MeanFlowConfig, SCMConfig
 from facm_platform.config import JobResult, config_hash
 from facm_platform.config.sections import DataConfig, RunConfig
 from facm_platform.latents import LatentManifest
@@ -43,6 +43,8 @@ class DistillConfig:
         data: Latent set.
         teacher: Frozen teacher; the student starts from its weights.
         objective: FACM.
+        mean_flow: MeanFlow in place of FACM, for comparison.
+        scm: sCM in place of FACM, for comparison.
         train: Optimisation.
         workers: Ray Train workers.
     """
@@ -51,8 +53,27 @@ class DistillConfig:
     data: DataConfig
     teacher: TeacherConfig
     objective: FACMConfig = field(default_factory=FACMConfig)
+    mean_flow: MeanFlowConfig | None = None
+    scm: SCMConfig | None = None
     train: TrainConfig
     workers: WorkersConfig = field(default_factory=WorkersConfig)
+
+    def __post_init__(self) -> None:
+        given = [name for name in ("mean_flow", "scm") if getattr(self, name) is not None]
+        if self.objective != FACMConfig():
+            given.append("objective")
+        require(
+            len(given) <= 1,
+            given[0] if given else "",
+            "given",
+            f"{' and '.join(given)} are methods, each in place of the others",
+            "Give one of them",
+        )
+
+    @property
+    def method(self) -> FACMConfig | MeanFlowConfig | SCMConfig:
+        """The one that is used."""
+        return self.mean_flow or self.scm or self.objective
 
 
 @dataclass(frozen=True)
@@ -68,9 +89,15 @@ class DistillPlan:
 
     @property
     def architecture(self) -> LightningDiTConfig:
-        """The student's: the teacher's, with the time inputs that the conditioning needs."""
-        second_time = self.config.objective.conditioning == "auxiliary"
-        return replace(self.teacher.config.architecture, second_time=second_time)
+        """The student's: the teacher's, with the time inputs that the method needs."""
+        architecture = self.teacher.config.architecture
+        match self.config.method:
+            case FACMConfig(conditioning=conditioning):
+                return replace(architecture, second_time=conditioning == "auxiliary")
+            case MeanFlowConfig():
+                return replace(architecture, second_time=True)
+            case SCMConfig():
+                return architecture
 
     def describe(self) -> str:
         """What would be distilled, from what."""
@@ -95,19 +122,24 @@ class DistillPlan:
             make_task=self.task,
         )
 
+    @property
+    def _conditioning(self) -> str:
+        if self.architecture.second_time:
+            return "auxiliary"
+        return "expanded" if isinstance(self.config.method, FACMConfig) else "plain"
+
     def task(self, tracking_uri: str, run_id: str) -> TrainingTask:
         """The worker's view of it."""
-        config, guidance = self.config, self.config.objective.guidance
-        conditioning = config.objective.conditioning
+        config, method = self.config, self.config.method
         artifact = replace(
             self.teacher.config,
             role="student",
             architecture=self.architecture,
-            objective="facm",
-            conditioning=conditioning,
-            guidance_scale=guidance.scale,
-            guidance_low=guidance.low,
-            guidance_high=guidance.high,
+            objective=_NAMES[type(method)],
+            conditioning=self._conditioning,
+            guidance_scale=method.guidance.scale,
+            guidance_low=method.guidance.low,
+            guidance_high=method.guidance.high,
             recommended_nfe=(1, 2, 4),
             latent_manifest_sha256=self.manifest.sha256,
             teacher_sha256=self.teacher.sha256,
@@ -119,13 +151,16 @@ class DistillPlan:
             job="distill",
             folder_uri=self.folder_uri,
             stream=config.train.stream(self.data_uri, self.manifest),
-            objective=config.objective,
+            objective=method,
             train=config.train,
             teacher_uri=self.teacher_uri,
             artifact=artifact,
             tracking_uri=tracking_uri,
             run_id=run_id,
         )
+
+
+_NAMES = {FACMConfig: "facm", MeanFlowConfig: "mean_flow", SCMConfig: "scm"}
 
 
 def prepare(config: DistillConfig) -> DistillPlan:
@@ -150,7 +185,8 @@ def lineage(manifest: LatentManifest, teacher: Artifact) -> dict[str, str]:
 
 
 def _check_teacher(config: DistillConfig, teacher: Artifact, manifest: LatentManifest) -> None:
-    architecture = teacher.config.architecture
+    architecture, method = teacher.config.architecture, config.method
+    expanded = isinstance(method, FACMConfig) and method.conditioning == "expanded"
     size = architecture.input_size
     shape = (architecture.in_channels, size, size)
     uri = config.teacher.uri
@@ -178,7 +214,7 @@ def _check_teacher(config: DistillConfig, teacher: Artifact, manifest: LatentMan
         "Use the latent set the teacher was trained on",
     )
     require(
-        not (architecture.second_time and config.objective.conditioning == "expanded"),
+        not (architecture.second_time and expanded),
         "objective.conditioning",
         config.objective.conditioning,
         "the teacher has a second time embedding, which this conditioning has no use for",

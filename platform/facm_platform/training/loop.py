@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors.torch import save
+from torch import nn
 from torch.nn.utils import clip_grad_norm_
 
 from facm_core.ema import PowerEMA
@@ -72,11 +73,22 @@ class _Trainer:
     def __init__(self, task: TrainingTask, context: WorkerContext) -> None:
         self.task, self.context, self.settings = task, context, task.train
         self.objective = task.build_objective()
+        self._sharding = Sharding(
+            precision=self.settings.precision,
+            replicas=self.settings.replicas,
+            reshard_after_forward=self.settings.reshard_after_forward,
+            offload=self.settings.offload,
+            compile=self.settings.compile,
+        )
         student, self.teacher = self._networks()
+        trained = nn.ModuleDict({"student": student})
+        if isinstance(self.objective, nn.Module):
+            self._sharding.apply_to_parts(self.objective, context.device)
+            trained["objective"] = self.objective
         self.state = TrainState(
-            student=student,
+            trained=trained,
             optimizer=torch.optim.AdamW(
-                (parameter for parameter in student.parameters() if parameter.requires_grad),
+                (parameter for parameter in trained.parameters() if parameter.requires_grad),
                 lr=self.settings.learning_rate,
                 betas=self.settings.betas,
                 weight_decay=self.settings.weight_decay,
@@ -192,14 +204,7 @@ class _Trainer:
     def _networks(self) -> tuple[LightningDiT, LightningDiT | None]:
         """Student and teacher, sharded. A distilled student starts from the teacher's weights."""
         task, settings = self.task, self.settings
-        sharding = Sharding(
-            precision=settings.precision,
-            replicas=settings.replicas,
-            reshard_after_forward=settings.reshard_after_forward,
-            offload=settings.offload,
-            compile=settings.compile,
-        )
-        device = self.context.device
+        sharding, device = self._sharding, self.context.device
         torch.manual_seed(settings.seed)
         student, teacher = LightningDiT(task.artifact.architecture), None
         if task.teacher_uri is not None:
@@ -220,7 +225,7 @@ class _Trainer:
         metrics, rows = self._gradients(batch, draws, self.objective)
         if not self._checked:
             self._check_gradients()
-        parameters = state.student.parameters()
+        parameters = state.trained.parameters()
         norm = whole(clip_grad_norm_(parameters, self.settings.max_grad_norm)).detach()
         # All that ranks must know of each other, so that they decide alike, in one message.
         notices = self._clock.notices() if self.context.rank == 0 else Notices()
@@ -244,7 +249,7 @@ class _Trainer:
 
     def _check_gradients(self) -> None:
         """Once: ranks that reduce the same gradients must have got the same."""
-        named = self.state.student.named_parameters()
+        named = self.state.trained.named_parameters()
         differing = differing_replicas({n: p.grad for n, p in named if p.grad is not None})
         if differing:
             raise RuntimeError(f"the ranks {differing} got other gradients than their replicas")

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
@@ -54,8 +54,7 @@ class Sharding:
         if self.compile:
             for block in model.blocks:
                 block.compile()
-        mesh, pinned = self._mesh(device), device.type == "cuda"
-        offload = CPUOffloadPolicy(pin_memory=pinned) if self.offload else OffloadPolicy()
+        mesh, offload = self._mesh(device), self._offload(device)
         model = model.to("cpu" if self.offload else device)
         dtype = DTYPES[self.precision]
         # No inputs are cast: a time rounded to bfloat16 is another time.
@@ -79,6 +78,17 @@ class Sharding:
                     reshard_after_forward=self.reshard_after_forward,
                 )
         return model
+
+    def apply_to_parts(self, module: nn.Module, device: torch.device) -> None:
+        """Shard each part of `module`, small and called on its own, in place; in float32."""
+        mesh, offload = self._mesh(device), self._offload(device)
+        for part in module.children():
+            part.to("cpu" if self.offload else device)
+            fully_shard(part, mesh=mesh, offload_policy=offload)
+
+    def _offload(self, device: torch.device) -> OffloadPolicy:
+        pinned = device.type == "cuda"
+        return CPUOffloadPolicy(pin_memory=pinned) if self.offload else OffloadPolicy()
 
     def _mesh(self, device: torch.device) -> DeviceMesh:
         workers = dist.get_world_size()

@@ -4,7 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from facm_core.objectives import FACM, FACMConfig, FlowMatching, FlowMatchingConfig, Objective
+from facm_core.objectives import (
+    FACM,
+    SCM,
+    FACMConfig,
+    FlowMatching,
+    FlowMatchingConfig,
+    MeanFlow,
+    MeanFlowConfig,
+    Objective,
+    SCMConfig,
+)
 from facm_platform.latents import LatentStream
 from facm_platform.registry import ArtifactConfig
 from facm_platform.storage import join
@@ -35,7 +45,7 @@ class TrainingTask:
     job: str
     folder_uri: str
     stream: LatentStream
-    objective: FACMConfig | FlowMatchingConfig
+    objective: FACMConfig | MeanFlowConfig | SCMConfig | FlowMatchingConfig
     train: TrainConfig
     teacher_uri: str | None
     artifact: ArtifactConfig
@@ -54,6 +64,13 @@ class TrainingTask:
 
     def build_objective(self) -> Objective:
         """The loss described."""
-        if isinstance(self.objective, FACMConfig):
-            return FACM(self.objective, recompute=self.train.recompute)
-        return FlowMatching(self.objective)
+        recompute = self.train.recompute
+        match self.objective:
+            case FACMConfig():
+                return FACM(self.objective, recompute=recompute)
+            case MeanFlowConfig():
+                return MeanFlow(self.objective, recompute=recompute)
+            case SCMConfig():
+                return SCM(self.objective, recompute=recompute)
+            case FlowMatchingConfig():
+                return FlowMatching(self.objective)
