@@ -9,16 +9,11 @@ from __future__ import annotations
 import json
 import os
 import random
-import re
-import subprocess
-import threading
-import time
 from collections.abc import Callable, Iterator
 from itertools import repeat
 from pathlib import Path
 
 import boto3
-import psutil
 import pytest
 from mlflow import MlflowClient
 from ray.cluster_utils import Cluster
@@ -26,7 +21,8 @@ from ray.cluster_utils import Cluster
 from facm_platform import storage
 from facm_platform.training.export import export
 from tests.faulty_s3 import FaultyS3
-from tests.jobs.conftest import command, environment, last_line
+from tests.jobs.conftest import last_line
+from tests.jobs.driver import Driver
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -34,57 +30,6 @@ BATCH, INTERVAL, IMAGES = 8, 160, 960
 SEEDS = int(os.environ.get("DRILL_SEEDS", "1"))
 # Each fits one node of one CPU, beside a read task.
 WORKER_CPUS = 0.75
-
-
-class Driver:
-    """A distillation of 120 steps with a checkpoint every 20, as a process of its own."""
-
-    def __init__(self, arguments: list[str], address: str, folder: Path) -> None:
-        self.output = ""
-        self.process = subprocess.Popen(
-            command("distill", *arguments),
-            cwd=folder,
-            env=environment() | {"RAY_ADDRESS": address},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        self._reader = threading.Thread(target=self._read, daemon=True)
-        self._reader.start()
-
-    def _read(self) -> None:
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            self.output += line
-
-    @property
-    def images_seen(self) -> int:
-        """As its last line of progress says."""
-        seen = re.findall(r"distill +\d+%  ([\d,]+)/", self.output)
-        return int(seen[-1].replace(",", "")) if seen else 0
-
-    @property
-    def resumed_at(self) -> int:
-        """Where it last began; 0 at the start."""
-        found = re.findall(r"resumed at ([\d,]+) images", self.output)
-        return int(found[-1].replace(",", "")) if found else 0
-
-    def worker(self, rank: int) -> psutil.Process:
-        """The process of a rank."""
-        return psutil.Process(
-            int(re.findall(rf"worker {rank} of 2: process (\d+)", self.output)[-1])
-        )
-
-    def wait_until(self, done: Callable[[], bool]) -> None:
-        deadline = time.monotonic() + 300
-        while not done():
-            assert self.process.poll() is None, self.output
-            assert time.monotonic() < deadline, self.output
-            time.sleep(0.01)
-
-    def finish(self) -> None:
-        assert self.process.wait(timeout=400) == 0, self.output
-        self._reader.join()
 
 
 class UploadsThatKill(FaultyS3):

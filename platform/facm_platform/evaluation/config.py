@@ -69,6 +69,16 @@ def check_together(
     teacher: Artifact | None,
 ) -> None:
     """Raise `InvalidInputError` unless these inputs belong together."""
+    check_measure(config, manifest, features)
+    _check_student(config, manifest, student)
+    if teacher is not None:
+        _check_teacher(config, manifest, student, teacher)
+
+
+def check_measure(
+    config: EvaluateConfig, manifest: LatentManifest, features: FeatureExtractor
+) -> None:
+    """Raise `InvalidInputError` unless the FID can be measured on this latent set."""
     require(
         config.samples % manifest.num_classes == 0,
         "samples",
@@ -76,6 +86,10 @@ def check_together(
         f"not a multiple of the {manifest.num_classes} classes, which get equally many each",
         f"Use e.g. {-(-config.samples // manifest.num_classes) * manifest.num_classes}",
     )
+    _check_features(config.features_uri, features, manifest)
+
+
+def _check_student(config: EvaluateConfig, manifest: LatentManifest, student: Artifact) -> None:
     _check_model("student_uri", config.student_uri, "student", student, manifest)
     require(
         student.config.latent_manifest_sha256 == manifest.sha256,
@@ -85,9 +99,11 @@ def check_together(
         f"data.uri is {manifest.sha256[:12]}…",
         "Use the latent set of its training",
     )
-    _check_features(config.features_uri, features, manifest)
-    if teacher is None:
-        return
+
+
+def _check_teacher(
+    config: EvaluateConfig, manifest: LatentManifest, student: Artifact, teacher: Artifact
+) -> None:
     assert config.teacher_uri is not None
     _check_model("teacher_uri", config.teacher_uri, "teacher", teacher, manifest)
     require(
