@@ -9,6 +9,9 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from itertools import repeat
 from pathlib import Path
@@ -71,6 +74,13 @@ class DrillSite:
     def add_node(self) -> None:
         self.second = self.cluster.add_node(num_cpus=1)
 
+    def announce_loss(self) -> None:
+        """As a cloud's notice reaches Ray: two minutes are left."""
+        drain = [str(Path(sys.executable).parent / "ray"), "drain-node"]
+        drain += ["--address", self.cluster.address, "--node-id", self.second.node_id]
+        drain += ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot"]
+        subprocess.run([*drain, "--deadline-remaining-seconds", "120"], check=True)
+
     def lose_node(self) -> None:
         """SIGKILL to its raylet."""
         self.cluster.remove_node(self.second, allow_graceful=False)
@@ -87,6 +97,7 @@ class DrillSite:
             f"train.log_images={BATCH}",
             "train.keep_checkpoints=3",
             f"workers.cpus={WORKER_CPUS}",
+            "workers.stall_seconds=30",
             *options,
         ]
         self.drivers.append(Driver(arguments, self.cluster.address, self.folder))
@@ -145,7 +156,7 @@ def undisturbed(drill: DrillSite) -> bytes:
 
 
 @pytest.mark.parametrize("seed", range(SEEDS))
-@pytest.mark.parametrize("kind", ["worker-0", "worker-1", "driver", "node", "upload"])
+@pytest.mark.parametrize("kind", ["worker-0", "worker-1", "driver", "node", "upload", "hang"])
 def test_nothing_is_lost(
     drill: DrillSite,
     undisturbed: bytes,
@@ -179,6 +190,9 @@ def test_nothing_is_lost(
         elif kind == "node":
             drill.lose_node()
             drill.add_node()
+        elif kind == "hang":
+            driver.worker(1).suspend()
+            driver.wait_until(lambda: "behind are the ranks [1]" in driver.output)
         else:
             kill(rank=int(kind[-1]))
     driver.finish()
@@ -193,6 +207,19 @@ def test_nothing_is_lost(
     assert len(checkpoints) == 3
     for checkpoint in checkpoints:
         export(f"{drill.runs}/{name}/{checkpoint}", str(tmp_path / checkpoint))
+
+
+def test_a_machine_that_goes_with_notice_takes_nothing_along(drill: DrillSite) -> None:
+    options = ["train.images=9600", "train.checkpoint_images=9600"]
+    driver = drill.start("notice", *options)
+    driver.wait_until(lambda: driver.images_seen >= 400)
+    drill.announce_loss()
+    driver.wait_until(lambda: "a machine is to go; saved" in driver.output)
+    drill.lose_node()
+    drill.add_node()
+    driver.finish()
+    (saved,) = re.findall(r"a machine is to go; saved ([\d,]+) images", driver.output)
+    assert driver.resumed_at == int(saved.replace(",", "")) > 400
 
 
 def test_fewer_workers_and_more_again(drill: DrillSite) -> None:

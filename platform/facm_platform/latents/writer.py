@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable
 from itertools import repeat
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -65,7 +63,7 @@ def write_part(
             name=name,
             rows=sum(row_groups),
             bytes=file.stat().st_size,
-            sha256=_sha256(file),
+            sha256=storage.file_sha256(file),
             row_groups=tuple(row_groups),
         )
     return part, statistics
@@ -88,8 +86,3 @@ def _require_all(holds: np.ndarray, group: pa.Table, name: str, problem: str) ->
     if len(bad):
         key = group.column(KEY)[int(bad[0])].as_py()
         require(False, f"{name} key", key, problem, "Remove or mend this row at its source")
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()

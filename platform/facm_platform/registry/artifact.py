@@ -7,7 +7,6 @@ pickled, and no loader here executes what it reads.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from torch import Tensor
 from facm_core.errors import InvalidInputError, require, require_one_of
 from facm_core.guidance import GuidanceConfig
 from facm_core.models import LightningDiT, LightningDiTConfig
-from facm_platform.storage import absolute, local_copy, output_file
+from facm_platform.storage import absolute, file_sha256, local_copy, output_file
 
 SCHEMA_VERSION = 1
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
@@ -190,7 +189,7 @@ def save_artifact(
     folder.mkdir(parents=True, exist_ok=True)
     with output_file(str(folder / WEIGHTS)) as file:
         safetensors.torch.save_file(tensors, file)
-    sha256 = _file_sha256(folder / WEIGHTS)
+    sha256 = file_sha256(folder / WEIGHTS)
     (folder / CARD).write_text(readme)
     with output_file(str(folder / CONFIG)) as file:
         values = {**config.to_json(), "weights_sha256": sha256}
@@ -215,7 +214,7 @@ def load_artifact(uri: str, field: str = "teacher.uri") -> Artifact:
             config, recorded = _read_config(folder / CONFIG, field, uri)
             if not (folder / WEIGHTS).is_file():
                 raise _not_an_artifact(field, uri, f"{WEIGHTS} is missing")
-            sha256 = _file_sha256(folder / WEIGHTS)
+            sha256 = file_sha256(folder / WEIGHTS)
             require(
                 sha256 == recorded,
                 field,
@@ -275,11 +274,6 @@ def _read_tensors(file: Path, field: str, uri: str) -> dict[str, Tensor]:
         return safetensors.torch.load_file(file)
     except SafetensorError as error:
         raise _not_an_artifact(field, uri, f"{WEIGHTS} cannot be read ({error})") from error
-
-
-def _file_sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _not_an_artifact(field: str, uri: str, problem: str) -> InvalidInputError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
 import shutil
@@ -35,6 +36,12 @@ def exists(uri: str) -> bool:
     store, path = filesystem(uri)
     with explained(uri):
         return bool(store.get_file_info(path).type != fs.FileType.NotFound)
+
+
+def file_sha256(file: Path) -> str:
+    """Hash of a file of this machine."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def read_bytes(uri: str) -> bytes:

@@ -9,7 +9,6 @@ metadata file, a pickle, through an unpickler that knows DCP's plain record type
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import pickle
@@ -32,6 +31,7 @@ from facm_core.ema import PowerEMA
 from facm_core.errors import InvalidInputError, require
 from facm_core.models import LightningDiT
 from facm_platform.registry import ArtifactConfig
+from facm_platform.storage import file_sha256
 from facm_platform.training.parallel import Group, differing_replicas
 
 RECORD = "checkpoint.json"
@@ -298,6 +298,4 @@ def _flat(state: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Ten
 
 
 def _described(file: Path) -> dict[str, Any]:
-    with file.open("rb") as stream:
-        sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
-    return {"bytes": file.stat().st_size, "sha256": sha256}
+    return {"bytes": file.stat().st_size, "sha256": file_sha256(file)}

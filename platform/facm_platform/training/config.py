@@ -86,6 +86,8 @@ class TrainConfig:
         ema_sigma_rels: Widths of the power-function averages that are tracked.
         export_sigma_rel: Which of them the model artefact holds.
         checkpoint_images: Distance between checkpoints.
+        async_checkpoints: Training goes on while a checkpoint is written and uploaded; else it
+            stands still meanwhile.
         keep_checkpoints: How many are kept.
         keep_averages: Whether the averages of the others are kept, from which `jobs/export.py`
             makes an average of any width.
@@ -123,6 +125,7 @@ class TrainConfig:
     ema_sigma_rels: tuple[float, ...] = (0.05, 0.2)
     export_sigma_rel: float = 0.2
     checkpoint_images: int = 1_000_000
+    async_checkpoints: bool = True
     keep_checkpoints: int = 2
     keep_averages: bool = True
     log_images: int = 10_000

@@ -146,7 +146,9 @@ class _Trainer:
             # In mid-run, not of a state that may be about to be given up.
             if last or leaving or (finite and self._due(settings.checkpoint_images)):
                 self._moved("saving a checkpoint")
-                self.context.save_checkpoint(self._staged, wait=leaving)
+                wait = leaving or not settings.async_checkpoints
+                with window.idle("checkpoint_share"):
+                    self.context.save_checkpoint(self._staged, wait=wait)
             if leaving:
                 self._left = True
                 self._say(
@@ -159,7 +161,7 @@ class _Trainer:
     def _next(self, batches: Iterator[Batch], window: MetricWindow) -> Batch | None:
         """None at the end."""
         self._moved("waiting for data")
-        with window.waiting():
+        with window.idle("data_wait_share"):
             return next(batches, None)
 
     def _health(self) -> dict[str, float]:

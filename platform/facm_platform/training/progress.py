@@ -15,6 +15,9 @@ from facm_platform.progress import time_left
 from facm_platform.training.parallel import mean_over_workers
 
 TIME_BINS = 8
+IDLE_SHARES = ("data_wait_share", "checkpoint_share")
+"""Metrics: of a window's time, what a worker spent waiting for data, and on checkpoints."""
+
 _COUNT = "count"
 
 # Asking is a collective of some milliseconds; machines are taken away two minutes after notice.
@@ -62,14 +65,14 @@ class MetricWindow:
         self.steps = 0
         self._images = 0
         self._started = time.perf_counter()
-        self._waited = 0.0
+        self._idle = dict.fromkeys(IDLE_SHARES, 0.0)
 
     @contextmanager
-    def waiting(self) -> Iterator[None]:
-        """The time of the block is spent without work."""
+    def idle(self, share: str) -> Iterator[None]:
+        """The time of the block is spent without work, and counts for one of `IDLE_SHARES`."""
         started = time.perf_counter()
         yield
-        self._waited += time.perf_counter() - started
+        self._idle[share] += time.perf_counter() - started
 
     def add(self, metrics: dict[str, Tensor], images: int) -> None:
         """Take in one step."""
@@ -90,9 +93,9 @@ class MetricWindow:
     def close(self) -> dict[str, float]:
         """Means over the window's steps and over the workers, and images/s. A collective."""
         seconds = time.perf_counter() - self._started
-        waited = next(iter(self._sums.values())).new_tensor(self.steps * self._waited / seconds)
         sums = {name: value.double() for name, value in self._sums.items()}
-        sums["data_wait_share"] = waited.double()
+        some = next(iter(sums.values()))
+        sums |= {k: some.new_tensor(self.steps * idle / seconds) for k, idle in self._idle.items()}
         means = (mean_over_workers(torch.stack([*sums.values()])) / self.steps).tolist()
         values = dict(zip(sums, means, strict=True))
         return values | self._by_time() | {"images_per_second": self._images / seconds}

@@ -1,0 +1,87 @@
+"""jobs/overhead.py: what it measures, and what it refuses."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from facm_core.errors import InvalidInputError
+from facm_platform.config import load_config
+from facm_platform.tracking import Store
+from facm_platform.training.distill import DistillConfig
+from facm_platform.training.overhead import OverheadPlan, bare_loop, prepare
+from tests.training.conftest import TRAIN, MakeTask
+
+Inputs = tuple[Path, str, str]
+
+
+@pytest.fixture
+def inputs(tmp_path: Path, digits_uri: str, teacher_uri: str) -> Inputs:
+    return tmp_path / "runs", digits_uri, teacher_uri
+
+
+def planned(inputs: Inputs, *options: str) -> OverheadPlan:
+    runs, digits_uri, teacher_uri = inputs
+    given = [
+        "run.name=speed",
+        f"run.storage_uri={runs}",
+        f"run.tracking.uri=sqlite:///{runs}/mlflow.db",
+        f"data.uri={digits_uri}",
+        f"teacher.uri={teacher_uri}",
+        "train.images=160",
+        "train.global_batch_size=8",
+        "workers.max=1",
+    ]
+    return prepare(load_config(DistillConfig, None, [*given, *options]))
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_cluster")
+def test_the_platform_beside_the_bare_loop(
+    inputs: Inputs, store: Store, capfd: pytest.CaptureFixture[str]
+) -> None:
+    metrics = planned(inputs).execute().metrics
+    assert all(metrics[name] > 0 for name in metrics if name.endswith("_seconds"))
+    platform, bare = metrics["platform_seconds"], metrics["bare_seconds"]
+    assert metrics["overhead"] == pytest.approx((platform - bare) / bare)
+    stalls = [metrics[f"{kind}checkpoint_seconds"] for kind in ("", "synchronous_")]
+    assert metrics["checkpoint_stall"] == pytest.approx(stalls[0] / stalls[1])
+    # To hand a checkpoint over takes less than to write and upload it.
+    assert metrics["checkpoint_stall"] < 1
+    assert f"{bare:.3f} s" in capfd.readouterr().out
+
+
+def test_the_three_runs_differ_in_their_checkpoints(inputs: Inputs, store: Store) -> None:
+    plans = planned(inputs).distillations
+    trains = {name: plan.config.train for name, plan in plans.items()}
+    assert [plan.config.run.name for plan in plans.values()] == [f"speed-{name}" for name in plans]
+    assert {name: t.checkpoint_images for name, t in trains.items()} == {
+        "platform": 320,
+        "asynchronous": 64,
+        "synchronous": 64,
+    }
+    assert [t.async_checkpoints for t in trains.values()] == [True, True, False]
+    assert {t.log_images for t in trains.values()} == {32}
+
+
+def test_windows_of_the_bare_loop(make_task: MakeTask) -> None:
+    """Four steps each; the first is left out, and one that has no end."""
+    assert len(bare_loop(make_task())) == 1
+    assert len(bare_loop(make_task(train=replace(TRAIN, images=168)))) == 4
+    assert all(seconds > 0 for seconds in bare_loop(make_task()))
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("workers.max=2", "workers.max = 2: the bare loop is one process"),
+        ("train.images=80", "train.images = 80: 10 steps are too few to measure"),
+        ("train.precision=bfloat16", "not the bare loop's"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused(inputs: Inputs, option: str, message: str) -> None:
+    with pytest.raises(InvalidInputError, match=re.escape(message)):
+        planned(inputs, option)
