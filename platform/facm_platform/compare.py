@@ -143,7 +143,7 @@ def prepare(config: CompareConfig) -> ComparePlan:
     plans = {method: distill.prepare(config.distillation(method)) for method in METHODS}
     first = plans[METHODS[0]]
     features = load_features(config.features_uri)
-    check_measure(config.evaluation(METHODS[0], ""), first.manifest, features)
+    check_measure(config.samples, config.features_uri, features, first.manifest)
     return ComparePlan(config, plans)
 
 

@@ -69,24 +69,24 @@ def check_together(
     teacher: Artifact | None,
 ) -> None:
     """Raise `InvalidInputError` unless these inputs belong together."""
-    check_measure(config, manifest, features)
+    check_measure(config.samples, config.features_uri, features, manifest)
     _check_student(config, manifest, student)
     if teacher is not None:
         _check_teacher(config, manifest, student, teacher)
 
 
 def check_measure(
-    config: EvaluateConfig, manifest: LatentManifest, features: FeatureExtractor
+    samples: int, features_uri: str, features: FeatureExtractor, manifest: LatentManifest
 ) -> None:
     """Raise `InvalidInputError` unless the FID can be measured on this latent set."""
     require(
-        config.samples % manifest.num_classes == 0,
+        samples % manifest.num_classes == 0,
         "samples",
-        config.samples,
+        samples,
         f"not a multiple of the {manifest.num_classes} classes, which get equally many each",
-        f"Use e.g. {-(-config.samples // manifest.num_classes) * manifest.num_classes}",
+        f"Use e.g. {-(-samples // manifest.num_classes) * manifest.num_classes}",
     )
-    _check_features(config.features_uri, features, manifest)
+    _check_features(features_uri, features, manifest)
 
 
 def _check_student(config: EvaluateConfig, manifest: LatentManifest, student: Artifact) -> None:

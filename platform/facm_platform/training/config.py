@@ -217,3 +217,41 @@ class TrainConfig:
     def stream(self, uri: str, manifest: LatentManifest) -> LatentStream:
         """The order in which the rows of a set are seen."""
         return LatentStream(uri, manifest, self.seed, self.window_groups)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValidationConfig:
+    """The FID of every checkpoint's average, by which the best ones are kept.
+
+    Attributes:
+        features_uri: Feature extractor that jobs/fit_features.py wrote.
+        samples: Number of samples; a multiple of the number of classes.
+        nfe: Steps of a sample.
+        batch_size: Samples at once: memory and speed only.
+        seed: Of all noise; the same for every checkpoint.
+        cpus: Ray CPUs of the process that measures.
+        gpu: Whether it has a GPU.
+        target_fid: The run ends, as if it were at `train.images`, once a checkpoint is as good.
+            None: it does not.
+    """
+
+    features_uri: str
+    samples: int = 5000
+    nfe: int = 1
+    batch_size: int = 64
+    seed: int = 0
+    cpus: float = 0.25
+    gpu: bool = False
+    target_fid: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("nfe", "batch_size"):
+            value = getattr(self, name)
+            require(value >= 1, name, value, "below 1", "Use a whole number from 1")
+        require(self.samples >= 2, "samples", self.samples, "below 2", "Use at least 2")
+        require(self.seed >= 0, "seed", self.seed, "negative", "Use 0 or more")
+        require(self.cpus > 0, "cpus", self.cpus, "not positive", "Use e.g. 0.25")
+        target = self.target_fid
+        require(
+            target is None or target > 0, "target_fid", target, "not positive", "Use more, or none"
+        )

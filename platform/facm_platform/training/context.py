@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -65,6 +66,9 @@ class WorkerContext(Protocol):
             wait: Return when the checkpoint is committed.
         """
 
+    def best_fid(self) -> float:
+        """Of the checkpoints measured so far, as this rank knows; infinite without any."""
+
 
 class LocalContext:
     """A run inside this process: one rank, checkpoints in a folder.
@@ -90,6 +94,10 @@ class LocalContext:
     def preempted(self) -> bool:
         """Nobody would tell."""
         return False
+
+    def best_fid(self) -> float:
+        """Nobody measures."""
+        return math.inf
 
     def batches(
         self, stream: LatentStream, start_row: int, stop_row: int, batch_rows: int

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-from facm_core.errors import require
+from facm_core.errors import InvalidInputError, require
 from facm_core.models import LightningDiTConfig
 from facm_core.objectives import FACMConfig, MeanFlowConfig, SCMConfig
 from facm_platform.config import JobResult, config_hash
 from facm_platform.config.sections import DataConfig, RunConfig
+from facm_platform.evaluation.config import check_measure
+from facm_platform.evaluation.features import load_features
 from facm_platform.latents import LatentManifest
 from facm_platform.registry import Artifact, load_artifact
 from facm_platform.storage import absolute
-from facm_platform.training.config import TrainConfig, WorkersConfig
+from facm_platform.training.config import TrainConfig, ValidationConfig, WorkersConfig
 from facm_platform.training.run import (
     check_batch,
     check_run,
@@ -47,6 +49,7 @@ class DistillConfig:
         scm: sCM in place of FACM, for comparison.
         train: Optimisation.
         workers: Ray Train workers.
+        validation: The FID of every checkpoint. None: it is not measured.
     """
 
     run: RunConfig
@@ -57,6 +60,7 @@ class DistillConfig:
     scm: SCMConfig | None = None
     train: TrainConfig
     workers: WorkersConfig = field(default_factory=WorkersConfig)
+    validation: ValidationConfig | None = None
 
     def __post_init__(self) -> None:
         given = [name for name in ("mean_flow", "scm") if getattr(self, name) is not None]
@@ -86,6 +90,7 @@ class DistillPlan:
     teacher_uri: str
     manifest: LatentManifest
     teacher: Artifact
+    validation: ValidationConfig | None
 
     @property
     def architecture(self) -> LightningDiTConfig:
@@ -157,6 +162,7 @@ class DistillPlan:
             artifact=artifact,
             tracking_uri=tracking_uri,
             run_id=run_id,
+            validation=self.validation,
         )
 
 
@@ -176,12 +182,25 @@ def prepare(config: DistillConfig) -> DistillPlan:
     teacher = load_artifact(teacher_uri, "teacher.uri")
     _check_teacher(config, teacher, manifest)
     folder_uri = check_run(config.run, config, lineage(manifest, teacher))
-    return DistillPlan(config, folder_uri, data_uri, teacher_uri, manifest, teacher)
+    validation = _checked(config.validation, manifest)
+    return DistillPlan(config, folder_uri, data_uri, teacher_uri, manifest, teacher, validation)
 
 
 def lineage(manifest: LatentManifest, teacher: Artifact) -> dict[str, str]:
     """What a student is made from."""
     return {"manifest_sha256": manifest.sha256, "teacher_sha256": teacher.sha256}
+
+
+def _checked(config: ValidationConfig | None, manifest: LatentManifest) -> ValidationConfig | None:
+    """With an absolute address, after making sure that it can be measured."""
+    if config is None:
+        return None
+    try:
+        features = load_features(config.features_uri)
+        check_measure(config.samples, config.features_uri, features, manifest)
+    except InvalidInputError as error:
+        raise error.inside("validation") from None
+    return replace(config, features_uri=features.uri)
 
 
 def _check_teacher(config: DistillConfig, teacher: Artifact, manifest: LatentManifest) -> None:

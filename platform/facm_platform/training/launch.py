@@ -7,11 +7,13 @@ import math
 import os
 import socket
 from contextlib import closing
+from functools import partial
 from typing import Any, cast
 
 import torch
 from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2.api.validation_config import ValidationConfig
 
 from facm_platform.cluster import require_cpus
 from facm_platform.latents.source import READ_TASK_CPUS
@@ -21,6 +23,7 @@ from facm_platform.training.loop import train
 from facm_platform.training.memory import out_of_memory
 from facm_platform.training.ray_context import RayContext
 from facm_platform.training.task import Hopeless, TrainingTask
+from facm_platform.training.validation import FID, measure
 
 # A failed controller is started again this often; Ray's default is without end.
 _CONTROLLER_FAILURES = 3
@@ -39,7 +42,9 @@ def launch(task: TrainingTask, workers: WorkersConfig) -> dict[str, float]:
     """
     fewest = workers.min or workers.max
     elastic = fewest < workers.max
-    require_cpus("workers", fewest * workers.cpus, spare=READ_TASK_CPUS)
+    validation = task.validation
+    spare = READ_TASK_CPUS + (validation.cpus if validation else 0)
+    require_cpus("workers", fewest * workers.cpus, spare)
     # How often the controller looks at its workers, which is what a checkpoint's report waits for.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "120")
@@ -61,12 +66,18 @@ def launch(task: TrainingTask, workers: WorkersConfig) -> dict[str, float]:
             name=name,
             storage_path=path,
             storage_filesystem=store,
-            checkpoint_config=CheckpointConfig(num_to_keep=task.train.keep_checkpoints),
+            # Ray Train keeps the last one too, from which a run is resumed.
+            checkpoint_config=CheckpointConfig(
+                num_to_keep=task.train.keep_checkpoints,
+                checkpoint_score_attribute=FID if validation else None,
+                checkpoint_score_order="min",
+            ),
             failure_config=FailureConfig(
                 max_failures=workers.max_failures,
                 controller_failure_limit=_CONTROLLER_FAILURES,  # type: ignore[call-arg]
             ),
         ),
+        validation_config=_validation_config(task),
     )
     result = trainer.fit()
     # Not result.metrics: that holds only what was reported with a checkpoint.
@@ -74,6 +85,13 @@ def launch(task: TrainingTask, workers: WorkersConfig) -> dict[str, float]:
     if isinstance(outcome, Exception):
         raise outcome
     return outcome
+
+
+def _validation_config(task: TrainingTask) -> ValidationConfig | None:
+    if task.validation is None:
+        return None
+    resources = {"num_cpus": task.validation.cpus, "num_gpus": int(task.validation.gpu)}
+    return ValidationConfig(partial(measure, task), ray_remote_kwargs=resources)
 
 
 def _work(config: dict[str, Any]) -> dict[str, float] | Exception:
@@ -88,8 +106,9 @@ def _work(config: dict[str, Any]) -> dict[str, float] | Exception:
     # The root too: Train names one of its loggers by a file's path.
     for name in ("", "ray.data", "ray.train"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    validate = task.validation is not None
     try:
-        with closing(RayContext(task.folder_uri, workers.stall_seconds)) as context:
+        with closing(RayContext(task.folder_uri, workers.stall_seconds, validate)) as context:
             place = f"process {os.getpid()} on {socket.gethostname()}"
             print(f"worker {context.rank} of {context.world_size}: {place}", flush=True)
             return train(task, context)

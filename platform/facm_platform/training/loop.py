@@ -141,7 +141,8 @@ class _Trainer:
                     state.metrics |= self._look_closely(self.objective, batch, draws)
                 window = MetricWindow()
                 self._log(sender)
-            last = notices.time_is_up or state.images_seen == settings.total_images
+            ended = notices.time_is_up or notices.good_enough
+            last = ended or state.images_seen == settings.total_images
             leaving = notices.look_around and not self._left and self.context.preempted()
             # In mid-run, not of a state that may be about to be given up.
             if last or leaving or (finite and self._due(settings.checkpoint_images)):
@@ -221,7 +222,7 @@ class _Trainer:
         """One optimizer step.
 
         Returns:
-            False if it was skipped because something was not finite; and what rank 0's clock says.
+            False if it was skipped because something was not finite; and what rank 0 says.
         """
         state, batch_size = self.state, self.settings.global_batch_size
         metrics, rows = self._gradients(batch, draws, self.objective)
@@ -230,7 +231,7 @@ class _Trainer:
         parameters = state.trained.parameters()
         norm = whole(clip_grad_norm_(parameters, self.settings.max_grad_norm)).detach()
         # All that ranks must know of each other, so that they decide alike, in one message.
-        notices = self._clock.notices() if self.context.rank == 0 else Notices()
+        notices = self._notices() if self.context.rank == 0 else Notices()
         message = torch.stack([metrics["loss"], *metrics["loss"].new_tensor(notices)])
         loss, *flags = mean_over_workers(message).unbind()
         notices = Notices(*(bool(flag) for flag in flags))
@@ -248,6 +249,16 @@ class _Trainer:
             self._say(f"step skipped: loss {loss.item()}, gradient norm {norm.item()}")
             self._keep(batch, draws)
         return finite, notices
+
+    def _notices(self) -> Notices:
+        notices, validation = self._clock.notices(), self.task.validation
+        if not notices.look_around or validation is None or validation.target_fid is None:
+            return notices
+        fid = self.context.best_fid()
+        if fid > validation.target_fid:
+            return notices
+        self._say(f"{self.task.job}: a FID of {fid:.2f} is reached")
+        return notices._replace(good_enough=True)
 
     def _check_gradients(self) -> None:
         """Once: ranks that reduce the same gradients must have got the same."""

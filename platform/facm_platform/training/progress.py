@@ -25,15 +25,17 @@ _LOOK_SECONDS = 5.0
 
 
 class Notices(NamedTuple):
-    """What the clock of one rank tells all of them.
+    """What one rank tells all of them.
 
     Attributes:
         look_around: It is time to ask whether a machine is to go.
         time_is_up: The run is to end.
+        good_enough: The same, because of its FID.
     """
 
     look_around: bool = False
     time_is_up: bool = False
+    good_enough: bool = False
 
 
 class Clock:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import shutil
 import tempfile
 import threading
@@ -16,7 +17,7 @@ import ray.train
 import ray.train.torch
 import torch.distributed as dist
 from ray.data import DataIterator
-from ray.train import Checkpoint, CheckpointUploadMode
+from ray.train import Checkpoint, CheckpointConsistencyMode, CheckpointUploadMode
 from ray.train.collective import broadcast_from_rank_zero
 from ray.util.metrics import Gauge
 
@@ -24,7 +25,11 @@ from facm_platform.latents import Batch, LatentStream
 from facm_platform.latents.source import Make, Worker, ray_batches
 from facm_platform.storage import filesystem, join, upload_folder
 from facm_platform.training.context import Staged
+from facm_platform.training.validation import FID
 from facm_platform.training.watchdog import Watchdog
+
+# Beyond it, Ray Train tells what it knows without the checkpoint that is being uploaded.
+_ANSWER_SECONDS = 0.1
 
 
 class RayContext:
@@ -33,9 +38,11 @@ class RayContext:
     Args:
         folder_uri: The run's own folder, which Ray Train knows too.
         stall_seconds: See `Watchdog`.
+        validate: Whether checkpoints are measured, see `launch`.
     """
 
-    def __init__(self, folder_uri: str, stall_seconds: float) -> None:
+    def __init__(self, folder_uri: str, stall_seconds: float, validate: bool) -> None:
+        self._validate = validate
         self._watchdog = Watchdog(stall_seconds)
         self._run = folder_uri.rsplit("/", 1)[-1]
         self._gauges: dict[str, Gauge] = {}
@@ -74,6 +81,13 @@ class RayContext:
         """As Ray has been told, by the cloud or by ``ray drain-node``."""
         return ray.train.get_preemption_info() is not None
 
+    def best_fid(self) -> float:
+        """As Ray Train has been told. Not of one that is still on its way."""
+        reported = ray.train.get_all_reported_checkpoints(
+            consistency_mode=CheckpointConsistencyMode.COMMITTED, timeout_s=_ANSWER_SECONDS
+        )
+        return min((one.metrics.get(FID, math.inf) for one in reported), default=math.inf)
+
     def batches(
         self, stream: LatentStream, start_row: int, stop_row: int, batch_rows: int
     ) -> Iterator[Batch]:
@@ -111,6 +125,7 @@ class RayContext:
             else CheckpointUploadMode.ASYNC,
             checkpoint_upload_fn=lambda *_: self._upload(staged, checkpoint),
             delete_local_checkpoint_after_upload=False,
+            validation=self._validate,
         )
 
     def _upload(self, staged: Staged, checkpoint: Checkpoint) -> Checkpoint:

@@ -41,6 +41,8 @@ def identity(config: Any, lineage: Lineage) -> str:
     """
     determining = {name: value for name, value in as_dict(config).items() if name != "workers"}
     del determining["train"]["max_hours"]
+    if determining.get("validation"):
+        del determining["validation"]["target_fid"]
     return OmegaConf.to_yaml({"config": determining, "made_from": dict(lineage)})
 
 

@@ -18,7 +18,7 @@ from facm_core.objectives import (
 from facm_platform.latents import LatentStream
 from facm_platform.registry import ArtifactConfig
 from facm_platform.storage import join
-from facm_platform.training.config import TrainConfig
+from facm_platform.training.config import TrainConfig, ValidationConfig
 
 
 class Hopeless(Exception):
@@ -40,6 +40,7 @@ class TrainingTask:
         artifact: Description of the model that will come out, its architecture included.
         tracking_uri: MLflow store.
         run_id: MLflow run that receives the metrics; None for none.
+        validation: How checkpoints are measured; None for not at all.
     """
 
     job: str
@@ -51,6 +52,7 @@ class TrainingTask:
     artifact: ArtifactConfig
     tracking_uri: str
     run_id: str | None
+    validation: ValidationConfig | None = None
 
     @property
     def artifact_uri(self) -> str:

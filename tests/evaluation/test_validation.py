@@ -1,0 +1,121 @@
+"""The FID of a run's checkpoints: which are kept, and when it ends the run."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from facm_core.errors import InvalidInputError
+from facm_platform.config import load_config
+from facm_platform.evaluation import evaluate
+from facm_platform.registry import load_artifact
+from facm_platform.tracking import Store
+from facm_platform.training import progress
+from facm_platform.training.context import LocalContext, single_process_group
+from facm_platform.training.distill import DistillConfig, DistillPlan, prepare
+from facm_platform.training.export import export
+from facm_platform.training.loop import train
+from tests.evaluation.conftest import World
+
+
+def planned(world: World, root: Path, *options: str) -> DistillPlan:
+    given = [
+        "run.name=run",
+        f"run.storage_uri={root}",
+        f"run.tracking.uri=sqlite:///{root}/mlflow.db",
+        f"data.uri={world.data}",
+        f"teacher.uri={world.teacher}",
+        "train.images=96",
+        "train.global_batch_size=8",
+        "train.learning_rate=0.001",
+        "train.checkpoint_images=32",
+        "train.keep_checkpoints=1",
+        "train.log_images=32",
+        f"validation.features_uri={world.features}",
+        "validation.samples=100",
+    ]
+    return prepare(load_config(DistillConfig, None, [*given, *options]))
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_cluster")
+def test_every_checkpoint_is_measured_and_the_best_kept(
+    world: World, store: Store, tmp_path: Path
+) -> None:
+    root = tmp_path / "runs"
+    plan = planned(world, root, "validation.nfe=2")
+    result = plan.execute()
+    assert result.run_id is not None
+    history = store.client.get_metric_history(result.run_id, "fid")
+    fids = {point.step: point.value for point in history}
+    assert list(fids) == [32, 64, 96]
+
+    snapshot = json.loads((root / "run" / "checkpoint_manager_snapshot.json").read_text())
+    kept = {one["checkpoint_dir_name"]: one["metrics"] for one in snapshot["checkpoint_results"]}
+    wanted = {min(fids, key=lambda images: fids[images]), 96}
+    assert set(kept) == {f"checkpoint_{images:012d}" for images in wanted}
+    for name, metrics in kept.items():
+        student = str(tmp_path / name)
+        images = export(str(root / "run" / name), student).metrics["images_seen"]
+        assert metrics["fid"] == fids[int(images)]
+        config = evaluate.EvaluateConfig(
+            run=replace(plan.config.run, name=name),
+            data=plan.config.data,
+            student_uri=student,
+            features_uri=world.features,
+            samples=100,
+            nfe=(2,),
+            actors=1,
+        )
+        measured = evaluate.prepare(config).evaluate().scores["student"][2].fid
+        assert metrics["fid"] == pytest.approx(measured, rel=1e-9)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_fid_that_is_good_enough_ends_the_run(world: World, store: Store, tmp_path: Path) -> None:
+    options = ["train.images=400000", "validation.target_fid=1e9"]
+    result = planned(world, tmp_path / "runs", *options).execute()
+    assert 32 <= load_artifact(result.artifact_uri).config.images_seen < 400_000
+
+
+@pytest.mark.parametrize(("target", "images"), [(3.0, 8), (2.9, 96)])
+def test_the_loop_ends_at_the_target(
+    world: World,
+    store: Store,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    target: float,
+    images: int,
+) -> None:
+    class Measured(LocalContext):
+        def best_fid(self) -> float:
+            return 3.0
+
+    monkeypatch.setattr(progress, "_LOOK_SECONDS", -1.0)
+    plan = planned(world, tmp_path / "runs", f"validation.target_fid={target}")
+    task = replace(plan.task("", ""), run_id=None)
+    with single_process_group():
+        train(task, Measured(tmp_path / "run"))
+    assert load_artifact(task.artifact_uri).config.images_seen == images
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("validation.samples=101", "validation.samples = 101: not a multiple of the 10 classes"),
+        ("validation.features_uri=/nowhere", "validation.features_uri = '/nowhere'"),
+        ("validation.target_fid=0", "validation.target_fid = 0.0: not positive"),
+        ("validation.nfe=0", "validation.nfe = 0: below 1"),
+        ("validation.cpus=0", "validation.cpus = 0.0: not positive"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(
+    world: World, store: Store, tmp_path: Path, option: str, message: str
+) -> None:
+    with pytest.raises(InvalidInputError, match=re.escape(message)):
+        planned(world, tmp_path / "runs", option)
