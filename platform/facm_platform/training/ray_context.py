@@ -116,8 +116,10 @@ class RayContext:
         store, path = filesystem(join(self._folder_uri, name))
         checkpoint = ray.train.Checkpoint(path, store)
         self._written.clear()
+        # Until it is measured, the worst there is.
+        unmeasured = {FID: math.inf} if self._validate else {}
         ray.train.report(
-            staged.record["metrics"],
+            staged.record["metrics"] | unmeasured,
             checkpoint=checkpoint,
             checkpoint_dir_name=name,
             checkpoint_upload_mode=CheckpointUploadMode.SYNC
