@@ -118,7 +118,8 @@ class ComparePlan:
                 }
         folder = storage.join(storage.absolute(self.config.run.storage_uri), self.config.run.name)
         table = as_table(rows, self.config.nfe, result.protocol.id)
-        values = {"protocol": asdict(result.protocol), "methods": rows}
+        protocol = {"id": result.protocol.id, **asdict(result.protocol)}
+        values = {"protocol": protocol, "methods": rows}
         for name, text in (
             ("comparison.md", table),
             ("comparison.json", json.dumps(values, indent=2) + "\n"),

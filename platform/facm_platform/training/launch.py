@@ -6,13 +6,16 @@ import logging
 import math
 import os
 import socket
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from functools import partial
 from typing import Any, cast
 
+import ray
 import torch
 from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2._internal import constants
 from ray.train.v2.api.validation_config import ValidationConfig
 
 from facm_platform.cluster import require_cpus
@@ -27,6 +30,8 @@ from facm_platform.training.validation import FID, measure
 
 # A failed controller is started again this often; Ray's default is without end.
 _CONTROLLER_FAILURES = 3
+
+_ADDRESS = "RAY_ADDRESS"
 
 
 def launch(task: TrainingTask, workers: WorkersConfig) -> dict[str, float]:
@@ -79,12 +84,33 @@ def launch(task: TrainingTask, workers: WorkersConfig) -> dict[str, float]:
         ),
         validation_config=_validation_config(task),
     )
-    result = trainer.fit()
+    with _known_address():
+        result = trainer.fit()
     # Not result.metrics: that holds only what was reported with a checkpoint.
     outcome: dict[str, float] | Exception = cast(Any, result).return_value
     if isinstance(outcome, Exception):
         raise outcome
     return outcome
+
+
+@contextmanager
+def _known_address() -> Iterator[None]:
+    """Tell Ray Train's processes which Ray they are of.
+
+    The one that clears up after a dead controller looks for any Ray on the machine. Where there is
+    a second one, it was seen to ask that, which knows of no such controller, and to end the run.
+    """
+    before = os.environ.get(_ADDRESS)
+    # Private, but there is no other way to their environment.
+    constants.ENV_VARS_TO_PROPAGATE.add(_ADDRESS)
+    os.environ[_ADDRESS] = ray.get_runtime_context().gcs_address
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[_ADDRESS]
+        else:
+            os.environ[_ADDRESS] = before
 
 
 def _validation_config(task: TrainingTask) -> ValidationConfig | None:
