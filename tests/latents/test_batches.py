@@ -28,6 +28,12 @@ from tests.latents.conftest import FORMAT, PART_ROWS, ROWS, MakeSet, rows
 Set = tuple[str, LatentManifest]
 
 
+@pytest.fixture(autouse=True)
+def small_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that there are some for Ray after the first one, which a worker reads itself."""
+    monkeypatch.setattr("facm_platform.latents.stream.TASK_BYTES", 30 * FORMAT.row_bytes)
+
+
 def stream_of(latent_set: Set) -> LatentStream:
     uri, manifest = latent_set
     return LatentStream(uri, manifest, 3, window_groups=3)
@@ -189,17 +195,19 @@ def test_an_epoch_of_50_000_rows_that_changes_workers_on_the_way(large_set: Set)
 def test_slow_tasks_and_many_executions_change_nothing(
     latent_set: Set, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("facm_platform.latents.stream.TASK_BYTES", 30 * FORMAT.row_bytes)
     monkeypatch.setattr("facm_platform.latents.source._TASKS_PER_EXECUTION", 5)
 
+    stream = stream_of(latent_set)
+    tasks = list(stream.tasks(7, 7 + 320))
+    assert len(tasks) > 10
+    slow = tasks[1].number
+
     def with_delay(task: StreamTask, workers: int) -> Iterator[pa.Table]:
-        time.sleep(2.0 if task.number == 7 else 0.0)
+        time.sleep(2.0 if task.number == slow else 0.0)
         return _dealt(task, workers)
 
-    # The first task is slow, for the others to overtake.
+    # Ray's first task is slow, for the others to overtake.
     monkeypatch.setattr("facm_platform.latents.reading._dealt", with_delay)
-    stream = stream_of(latent_set)
-    assert len(list(stream.tasks(7, 7 + 320))) > 10
     here = list(local_batches(stream, 7, 7 + 320, 16))
     assert_equal(list(ray_batches(stream, Worker(0, 1, alone), 7, 7 + 320, 16)), here)
     assert len(here) == 20
@@ -218,12 +226,16 @@ def test_rows_dealt_to_the_wrong_worker_are_noticed(
 
 
 @pytest.mark.usefixtures("ray_cluster")
-def test_ray_says_which_part_is_damaged(own_set: Set) -> None:
+@pytest.mark.parametrize(("part", "by_ray"), [(0, False), (2, True)])
+def test_a_damaged_part_is_named_whoever_reads_it(own_set: Set, part: int, by_ray: bool) -> None:
     uri, manifest = own_set
-    LatentManifest.load(uri)
-    Path(uri, manifest.parts[0].name).unlink()
-    with pytest.raises(InvalidInputError, match=r"part-00000.parquet.*damaged or missing"):
-        list(ray_batches(stream_of(own_set), Worker(0, 1, alone), 0, 90, 5))
+    name = manifest.parts[part].name
+    stream = stream_of(own_set)
+    first, *_ = stream.tasks(0, 90)
+    assert by_ray != any(group.part == name for w in first.windows for group in w.groups)
+    Path(uri, name).unlink()
+    with pytest.raises(InvalidInputError, match=rf"{name}.*damaged or missing"):
+        list(ray_batches(stream, Worker(0, 1, alone), 0, 90, 5))
 
 
 @pytest.mark.usefixtures("ray_cluster")

@@ -69,10 +69,11 @@ def check_together(
     teacher: Artifact | None,
 ) -> None:
     """Raise `InvalidInputError` unless these inputs belong together."""
-    check_measure(config.samples, config.features_uri, features, manifest)
     _check_student(config, manifest, student)
     if teacher is not None:
         _check_teacher(config, manifest, student, teacher)
+    # Last: where data.uri is the wrong set, it is the student that says so.
+    check_measure(config.samples, config.features_uri, features, manifest)
 
 
 def check_measure(

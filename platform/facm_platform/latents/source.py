@@ -3,16 +3,19 @@
 One data set is read for all workers. `streaming_split` deals its blocks out in turn; a block is a
 worker's share of a read task, so that turn falls to the worker whose share it is. Each worker
 makes sure of that: a share carries the number of its first row.
+
+Only the first task of a stretch is read by every worker itself: Ray Data takes half a second to
+start, and seconds where its processes have to start too, and does so meanwhile.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from itertools import count, islice
-from typing import cast
+from typing import TypeVar, cast
 
 import pyarrow as pa
 import ray.data
@@ -23,7 +26,7 @@ from facm_core.errors import require
 from facm_platform.latents._ray_data import ordered_and_quiet
 from facm_platform.latents.batches import Batch, batches_of
 from facm_platform.latents.reading import NUMBER, StreamDatasource
-from facm_platform.latents.stream import LatentStream, StreamTask, dealt_to
+from facm_platform.latents.stream import LatentStream, StreamTask, dealt_to, read
 from facm_platform.latents.tables import unpacked
 
 READ_TASK_CPUS = 0.25
@@ -34,6 +37,7 @@ READ_AHEAD_BYTES = 512 << 20
 _TASKS_PER_EXECUTION = 1024
 
 Make = Callable[[], list[DataIterator]]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -115,6 +119,13 @@ def _executions(
 
 def _shares(tasks: list[StreamTask], worker: Worker) -> Iterator[pa.Table]:
     """What this worker is dealt of `tasks`, in order."""
+    first, *others = tasks
+    shares = _one_ahead(_ray_shares(others, worker)) if others else iter(())
+    yield read(first, worker.count)[worker.rank]
+    yield from shares
+
+
+def _ray_shares(tasks: list[StreamTask], worker: Worker) -> Iterator[pa.Table]:
     iterators = worker.from_rank_zero(partial(_split, tasks, worker.count))
     schema = tasks[0].format.drawn().schema
     expected = worker.rows(tasks[0].number, worker.count).start
@@ -130,7 +141,7 @@ def _blocks(iterator: DataIterator) -> Iterable[pa.Table]:
     return iterator.iter_batches(
         batch_size=cast(int, None),  # as they come
         batch_format="pyarrow",
-        prefetch_batches=1,
+        prefetch_batches=0,  # see `_one_ahead`
     )
 
 
@@ -154,10 +165,16 @@ def _split(tasks: list[StreamTask], workers: int) -> list[DataIterator]:
     return dataset.streaming_split(workers, equal=True) if workers > 1 else [dataset.iterator()]
 
 
-def _one_ahead(batches: Iterator[Batch]) -> Iterator[Batch]:
-    """The same, each made while the one before is in use."""
-    with ThreadPoolExecutor(1) as thread:
-        coming = thread.submit(next, batches, None)
-        while (batch := coming.result()) is not None:
-            coming = thread.submit(next, batches, None)
-            yield batch
+def _one_ahead(items: Iterator[T]) -> Iterator[T]:
+    """The same, each made while the one before is in use, and the first from now on."""
+    thread = ThreadPoolExecutor(1, "one-ahead")
+    return _following(items, thread, thread.submit(next, items, None))
+
+
+def _following(
+    items: Iterator[T], thread: ThreadPoolExecutor, coming: Future[T | None]
+) -> Iterator[T]:
+    with thread:
+        while (item := coming.result()) is not None:
+            coming = thread.submit(next, items, None)
+            yield item
