@@ -74,13 +74,24 @@ def test_every_checkpoint_is_measured_and_the_best_kept(
         measured = evaluate.prepare(config).evaluate().scores["student"][2].fid
         assert metrics["fid"] == pytest.approx(measured, rel=1e-9)
 
+    # What a resumed run would begin with, and looks at before.
+    shard = root / "run" / "checkpoint_000000000096" / "__0_0.distcp"
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(InvalidInputError, match=r"__0_0.distcp.*missing or damaged"):
+        planned(world, root, "validation.nfe=2")
+
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("ray_cluster")
-def test_a_fid_that_is_good_enough_ends_the_run(world: World, store: Store, tmp_path: Path) -> None:
+def test_a_fid_that_is_good_enough_ends_the_run(
+    world: World, store: Store, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     options = ["train.images=400000", "validation.target_fid=1e9"]
     result = planned(world, tmp_path / "runs", *options).execute()
     assert 32 <= load_artifact(result.artifact_uri).config.images_seen < 400_000
+    assert re.search(r"distill: a FID of [\d.]+ is reached", capfd.readouterr().out)
 
 
 @pytest.mark.parametrize(("target", "images"), [(3.0, 8), (2.9, 96)])

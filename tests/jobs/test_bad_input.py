@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -12,6 +13,7 @@ import yaml
 
 import facm_platform.cluster
 from facm_platform import config as platform_config
+from facm_platform import storage
 from facm_platform.config import load_config
 from facm_platform.latents import LatentManifest
 from facm_platform.training import distill, pretrain
@@ -145,6 +147,39 @@ def test_run_name_with_another_config(said: Said, recipe: Path, tmp_path: Path) 
     # A teacher that was trained anew under the same address is another one.
     (folder / IDENTITY).write_text(identity(kept, made_from | {"teacher_sha256": "another"}))
     assert "-  teacher_sha256: another" in said("objective.lambda_fm=0.5")
+
+
+@pytest.mark.parametrize(
+    ("damage", "expected"),
+    [
+        ("flip", ["0.distcp", "missing or damaged: {", "sha256"]),
+        ("cut", ["0.distcp", "missing or damaged: 9 bytes, where checkpoint.json says 10"]),
+        ("remove", ["0.distcp", "missing or damaged: None bytes"]),
+        ("all", ["checkpoint_000000000032", "it has no checkpoint.json"]),
+    ],
+)
+def test_a_run_whose_last_checkpoint_is_damaged(
+    said: Said, recipe: Path, tmp_path: Path, damage: str, expected: Sequence[str]
+) -> None:
+    folder = tmp_path / "runs" / "student"
+    last = folder / "checkpoint_000000000032"
+    last.mkdir(parents=True)
+    shard, record = last / "0.distcp", last / "checkpoint.json"
+    shard.write_bytes(b"0123456789")
+    described = {"bytes": 10, "sha256": storage.file_sha256(shard)}
+    record.write_text(json.dumps({"format": 1, "files": {shard.name: described}}))
+    snapshot = {"latest_checkpoint_result": {"checkpoint_dir_name": last.name}}
+    (folder / "checkpoint_manager_snapshot.json").write_text(json.dumps(snapshot))
+    distill.prepare(load_config(distill.DistillConfig, str(recipe)))
+
+    if damage in ("flip", "cut"):
+        shard.write_bytes(b"0123456788"[: 10 if damage == "flip" else 9])
+    else:
+        (shard if damage == "remove" else record).unlink()
+    message = said()
+    assert message.startswith("error: checkpoint = ")
+    assert "train under another run.name" in message
+    assert all(piece in message for piece in expected), message
 
 
 def test_job_without_a_folder_that_lasts(

@@ -78,7 +78,8 @@ def test_a_recipe_names_the_method(
 
 
 @pytest.mark.parametrize(
-    "options", [["mean_flow={}", "scm={}"], ["scm={}", "objective.lambda_fm=2"]]
+    "options",
+    [["mean_flow={}", "scm={}"], ["scm={}", "objective.lambda_fm=2"], ["scm={}", "objective={}"]],
 )
 def test_two_methods_are_refused(
     tmp_path: Path, digits_uri: str, teacher_uri: str, options: list[str]

@@ -69,9 +69,9 @@ def test_the_three_runs_differ_in_their_checkpoints(inputs: Inputs, store: Store
 
 def test_windows_of_the_bare_loop(make_task: MakeTask) -> None:
     """Four steps each; the first is left out, and one that has no end."""
-    assert len(bare_loop(make_task())) == 1
-    assert len(bare_loop(make_task(train=replace(TRAIN, images=168)))) == 4
-    assert all(seconds > 0 for seconds in bare_loop(make_task()))
+    assert len(bare_loop(make_task(), 1)) == 1
+    assert len(bare_loop(make_task(train=replace(TRAIN, images=168)), 1)) == 4
+    assert all(seconds > 0 for seconds in bare_loop(make_task(), 1))
 
 
 @pytest.mark.parametrize(
@@ -79,7 +79,10 @@ def test_windows_of_the_bare_loop(make_task: MakeTask) -> None:
     [
         ("workers.max=2", "workers.max = 2: the bare loop is one process"),
         ("train.images=80", "train.images = 80: 10 steps are too few to measure"),
-        ("train.precision=bfloat16", "not the bare loop's"),
+        ("train.precision=bfloat16", "train.precision = 'bfloat16': not the bare loop's"),
+        ("train.compile=true", "train.compile = True: not the bare loop's"),
+        ("train.offload=true", "train.offload = True: not the bare loop's"),
+        ("train.micro_batch_size=4", "train.micro_batch_size = 4: not the bare loop's"),
     ],
 )
 def test_what_cannot_be_compared_is_refused(inputs: Inputs, option: str, message: str) -> None:

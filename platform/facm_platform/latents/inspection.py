@@ -42,7 +42,6 @@ _WRAPPED = textwrap.TextWrapper(
     96, subsequent_indent=" " * 16, break_long_words=False, break_on_hyphens=False
 )
 _IMPORT = "facm-platform import"
-_SMALL_BYTES = 256 << 20
 _REMEDY = "Restore {}, or make the set again with overwrite=true."
 
 T = TypeVar("T")
@@ -101,7 +100,7 @@ def check_small_set(uri: str, manifest: LatentManifest, field: str) -> None:
     Raises:
         InvalidInputError: a part is not what the manifest says.
     """
-    if sum(part.bytes for part in manifest.parts) > _SMALL_BYTES:
+    if sum(part.bytes for part in manifest.parts) > storage.SMALL_BYTES:
         return
     for part in manifest.parts:
         problem = _problem(uri, manifest.row_format, part)

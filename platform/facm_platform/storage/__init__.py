@@ -6,6 +6,7 @@ never from an address or an object, so that nothing secret is pickled into Ray o
 
 from facm_platform.storage.failures import explained
 from facm_platform.storage.files import (
+    SMALL_BYTES,
     create_bytes,
     delete_file,
     exists,
@@ -23,6 +24,7 @@ from facm_platform.storage.stores import check_reachable, filesystem
 from facm_platform.storage.uris import absolute, join
 
 __all__ = [
+    "SMALL_BYTES",
     "absolute",
     "check_reachable",
     "create_bytes",

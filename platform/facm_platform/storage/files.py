@@ -30,6 +30,9 @@ _TRANSFER = TransferConfig(
     num_download_attempts=TRIES,
 )
 
+SMALL_BYTES = 256 << 20
+"""So much is read within seconds, and can be looked at before a job starts."""
+
 
 def exists(uri: str) -> bool:
     """Whether `uri` is a file or a folder."""

@@ -30,8 +30,8 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from facm_core.ema import PowerEMA
 from facm_core.errors import InvalidInputError, require
 from facm_core.models import LightningDiT
+from facm_platform import storage
 from facm_platform.registry import ArtifactConfig
-from facm_platform.storage import file_sha256
 from facm_platform.training.parallel import Group, differing_replicas
 
 RECORD = "checkpoint.json"
@@ -39,6 +39,7 @@ AVERAGES = "averages"
 """Folder of a run in which the averages of every checkpoint stay when the checkpoint goes."""
 
 _FORMAT = 1
+_RESTORE = "Restore the file from a copy, or train under another run.name"
 _PROGRESS = ("images_seen", "skipped_steps", "rollbacks", "metrics")
 
 _RECORDS = {
@@ -187,6 +188,26 @@ class StagedState:
             (folder / RECORD).write_text(json.dumps(record, indent=1))
 
 
+def check_stored(uri: str) -> None:
+    """Look at a checkpoint before a job starts: at every file, and at every byte of a small one.
+
+    Raises:
+        InvalidInputError: there is none, or a file is missing or damaged.
+    """
+    found = storage.list_files(uri)
+    remedy = "Put it back, or train under another run.name"
+    require(RECORD in found, "checkpoint", uri, f"it has no {RECORD}", remedy)
+    with storage.local_copy(storage.join(uri, RECORD)) as file:
+        record = read_record(file.parent)
+    wanted = {name: file["bytes"] for name, file in record["files"].items()}
+    for name, size in wanted.items():
+        problem = f"missing or damaged: {found.get(name)} bytes, where {RECORD} says {size}"
+        require(found.get(name) == size, "checkpoint", storage.join(uri, name), problem, _RESTORE)
+    if sum(wanted.values()) <= storage.SMALL_BYTES:
+        with storage.local_copy(uri) as folder:
+            check_files(folder, record, wanted)
+
+
 def read_record(folder: Path) -> dict[str, Any]:
     """What ``checkpoint.json`` says.
 
@@ -222,7 +243,7 @@ def check_files(folder: Path, record: Mapping[str, Any], names: Iterable[str]) -
             "checkpoint",
             str(folder / name),
             f"missing or damaged: {found}, where {RECORD} says {record['files'][name]}",
-            "Restore the file from a copy, or go on from another checkpoint under another run.name",
+            _RESTORE,
         )
 
 
@@ -298,4 +319,4 @@ def _flat(state: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Ten
 
 
 def _described(file: Path) -> dict[str, Any]:
-    return {"bytes": file.stat().st_size, "sha256": file_sha256(file)}
+    return {"bytes": file.stat().st_size, "sha256": storage.file_sha256(file)}

@@ -35,6 +35,11 @@ class WorkersConfig:
     max_failures: int = 3
     stall_seconds: float = 1800.0
 
+    @property
+    def threads(self) -> int:
+        """Of a worker: the same number on every machine, so that sums are grouped alike."""
+        return max(1, int(self.cpus))
+
     def __post_init__(self) -> None:
         require(self.max >= 1, "max", self.max, "below 1", "Use at least one worker")
         require(

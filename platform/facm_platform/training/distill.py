@@ -36,6 +36,10 @@ class TeacherConfig:
     uri: str
 
 
+_NAMES = {FACMConfig: "facm", MeanFlowConfig: "mean_flow", SCMConfig: "scm"}
+_SECTIONS = ("objective", "mean_flow", "scm")
+
+
 @dataclass(frozen=True, kw_only=True)
 class DistillConfig:
     """Recipe of jobs/distill.py.
@@ -44,9 +48,9 @@ class DistillConfig:
         run: Name and place of the run.
         data: Latent set.
         teacher: Frozen teacher; the student starts from its weights.
-        objective: FACM.
-        mean_flow: MeanFlow in place of FACM, for comparison.
-        scm: sCM in place of FACM, for comparison.
+        objective: FACM; the method where none is given.
+        mean_flow: MeanFlow in its place, for comparison.
+        scm: sCM in its place, for comparison.
         train: Optimisation.
         workers: Ray Train workers.
         validation: The FID of every checkpoint. None: it is not measured.
@@ -55,7 +59,7 @@ class DistillConfig:
     run: RunConfig
     data: DataConfig
     teacher: TeacherConfig
-    objective: FACMConfig = field(default_factory=FACMConfig)
+    objective: FACMConfig | None = None
     mean_flow: MeanFlowConfig | None = None
     scm: SCMConfig | None = None
     train: TrainConfig
@@ -63,9 +67,9 @@ class DistillConfig:
     validation: ValidationConfig | None = None
 
     def __post_init__(self) -> None:
-        given = [name for name in ("mean_flow", "scm") if getattr(self, name) is not None]
-        if self.objective != FACMConfig():
-            given.append("objective")
+        given = [name for name in _SECTIONS if getattr(self, name) is not None]
+        if not given:
+            object.__setattr__(self, "objective", FACMConfig())  # frozen, and shown to the user
         require(
             len(given) <= 1,
             given[0] if given else "",
@@ -76,8 +80,9 @@ class DistillConfig:
 
     @property
     def method(self) -> FACMConfig | MeanFlowConfig | SCMConfig:
-        """The one that is used."""
-        return self.mean_flow or self.scm or self.objective
+        """The one that is given."""
+        (method,) = filter(None, (getattr(self, name) for name in _SECTIONS))
+        return method
 
 
 @dataclass(frozen=True)
@@ -166,9 +171,6 @@ class DistillPlan:
         )
 
 
-_NAMES = {FACMConfig: "facm", MeanFlowConfig: "mean_flow", SCMConfig: "scm"}
-
-
 def prepare(config: DistillConfig) -> DistillPlan:
     """Validate a distillation without touching a cluster.
 
@@ -235,7 +237,7 @@ def _check_teacher(config: DistillConfig, teacher: Artifact, manifest: LatentMan
     require(
         not (architecture.second_time and expanded),
         "objective.conditioning",
-        config.objective.conditioning,
+        "expanded",
         "the teacher has a second time embedding, which this conditioning has no use for",
         "Use auxiliary",
     )

@@ -31,6 +31,9 @@ from facm_platform.training.validation import FID, measure
 # A failed controller is started again this often; Ray's default is without end.
 _CONTROLLER_FAILURES = 3
 
+# What ranks tell each other lies in the machine's memory, and with train.offload their shards too.
+_GPU_BACKEND = "cpu:gloo,cuda:nccl"
+
 _ADDRESS = "RAY_ADDRESS"
 
 
@@ -59,8 +62,11 @@ def launch(task: TrainingTask, workers: WorkersConfig) -> dict[str, float]:
     trainer = TorchTrainer(
         cast(Any, _work),  # typed for Train V1, which returned nothing
         train_loop_config={"task": task, "workers": workers},
-        # Beyond the watchdog, which knows more to say.
-        torch_config=TorchConfig(timeout_s=math.ceil(2 * workers.stall_seconds)),
+        torch_config=TorchConfig(
+            backend=_GPU_BACKEND if workers.gpu else "gloo",
+            # Beyond the watchdog, which knows more to say.
+            timeout_s=math.ceil(2 * workers.stall_seconds),
+        ),
         scaling_config=ScalingConfig(
             # Typed for Train V1, which was not elastic.
             num_workers=cast(Any, (fewest, workers.max)) if elastic else workers.max,
@@ -102,11 +108,14 @@ def _known_address() -> Iterator[None]:
     """
     before = os.environ.get(_ADDRESS)
     # Private, but there is no other way to their environment.
+    added = _ADDRESS not in constants.ENV_VARS_TO_PROPAGATE
     constants.ENV_VARS_TO_PROPAGATE.add(_ADDRESS)
     os.environ[_ADDRESS] = ray.get_runtime_context().gcs_address
     try:
         yield
     finally:
+        if added:
+            constants.ENV_VARS_TO_PROPAGATE.remove(_ADDRESS)
         if before is None:
             del os.environ[_ADDRESS]
         else:
@@ -125,10 +134,8 @@ def _work(config: dict[str, Any]) -> dict[str, float] | Exception:
 
     An error that no second try would mend is a result: Ray Train would begin again.
     """
-    # The same number on every machine, so that sums are grouped alike; and none of the worker's
-    # neighbours slowed down.
     task, workers = config["task"], config["workers"]
-    torch.set_num_threads(max(1, int(workers.cpus)))
+    torch.set_num_threads(workers.threads)
     # The root too: Train names one of its loggers by a file's path.
     for name in ("", "ray.data", "ray.train"):
         logging.getLogger(name).setLevel(logging.WARNING)

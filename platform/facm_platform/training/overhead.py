@@ -30,6 +30,11 @@ from facm_platform.training.task import TrainingTask
 # Steps of a window, whose mean time is one measurement; the first window warms up.
 _WINDOW_STEPS = 4
 
+# What the bare loop can do.
+_PLAIN = {"precision": "float32", "compile": False, "offload": False, "micro_batch_size": None}
+
+_PLATFORM, _ASYNC, _SYNC = "platform", "asynchronous", "synchronous"
+
 
 @dataclass(frozen=True)
 class OverheadPlan:
@@ -46,10 +51,11 @@ class OverheadPlan:
         some = self.distillations[_PLATFORM]
         task, workers = some.task("", ""), some.config.workers
         bare = ray.remote(num_cpus=workers.cpus, num_gpus=int(workers.gpu))(bare_loop)
+        threads = workers.threads
         with connected():
-            before = ray.get(bare.remote(task))
+            before = ray.get(bare.remote(task, threads))
             runs = {name: _measured(plan) for name, plan in self.distillations.items()}
-            after = ray.get(bare.remote(task))
+            after = ray.get(bare.remote(task, threads))
         metrics = {
             "bare_seconds": median(before + after),
             "platform_seconds": median(runs[_PLATFORM].step_seconds),
@@ -67,9 +73,6 @@ class OverheadPlan:
         )
 
 
-_PLATFORM, _ASYNC, _SYNC = "platform", "asynchronous", "synchronous"
-
-
 def prepare(config: DistillConfig) -> OverheadPlan:
     """Validate the distillations; their runs have what they measure behind their name.
 
@@ -80,10 +83,9 @@ def prepare(config: DistillConfig) -> OverheadPlan:
     count = config.workers.max
     require(count == 1, "workers.max", count, "the bare loop is one process", "Use 1")
     train = config.train
-    precision = train.precision
-    require(
-        precision == "float32", "train.precision", precision, "not the bare loop's", "Use float32"
-    )
+    for name, plain in _PLAIN.items():
+        value = getattr(train, name)
+        require(value == plain, f"train.{name}", value, "not the bare loop's", f"Use {plain}")
     steps = train.total_images // train.global_batch_size
     require(
         steps >= 4 * _WINDOW_STEPS,
@@ -112,9 +114,9 @@ def prepare(config: DistillConfig) -> OverheadPlan:
     )
 
 
-def bare_loop(task: TrainingTask) -> list[float]:
+def bare_loop(task: TrainingTask, threads: int) -> list[float]:
     """Seconds of a step, mean of each window after the first: plain PyTorch, batches in memory."""
-    torch.set_num_threads(1)
+    torch.set_num_threads(threads)
     train: TrainConfig = task.train
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     assert task.teacher_uri is not None
@@ -124,7 +126,11 @@ def bare_loop(task: TrainingTask) -> list[float]:
     learned = objective.parameters() if isinstance(objective, nn.Module) else ()
     parameters = [p for p in (*student.parameters(), *learned) if p.requires_grad]
     optimizer = torch.optim.AdamW(
-        parameters, lr=train.learning_rate, betas=train.betas, fused=train.fused
+        parameters,
+        lr=train.learning_rate,
+        betas=train.betas,
+        weight_decay=train.weight_decay,
+        fused=train.fused,
     )
     ema = PowerEMA(student, train.ema_sigma_rels)
     batch_size, seen = train.global_batch_size, 0

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from omegaconf import OmegaConf
+from ray.train.v2._internal.constants import CHECKPOINT_MANAGER_SNAPSHOT_FILENAME
 
 from facm_core.errors import InvalidInputError, require
 from facm_core.models import LightningDiTConfig
@@ -23,6 +25,7 @@ from facm_platform.tracking import (
     embedded_root,
     open_run,
 )
+from facm_platform.training.checkpoint import check_stored
 from facm_platform.training.config import TrainConfig, WorkersConfig
 from facm_platform.training.launch import launch
 from facm_platform.training.memory import worker_memory
@@ -50,8 +53,9 @@ def check_run(run: RunConfig, config: Any, lineage: Lineage) -> str:
     """Folder of the run, after making sure that this config and these inputs may use it.
 
     Raises:
-        InvalidInputError: bad name or storage, MLflow out of reach, or the name was used with
-            another config or other inputs (shows the difference).
+        InvalidInputError: bad name or storage, MLflow out of reach, the name was used with another
+            config or other inputs (shows the difference), or the checkpoint to go on from is
+            damaged.
     """
     check_run_name("run.name", run.name)
     folder = storage.join(storage.absolute(run.storage_uri, "run.storage_uri"), run.name)
@@ -68,7 +72,19 @@ def check_run(run: RunConfig, config: Any, lineage: Lineage) -> str:
             "the name is in use for another run:\n" + "\n".join(lines) + "\n",
             "Use another run.name, or the same config and inputs to resume the run",
         )
+    last = _last_checkpoint(folder)
+    if last is not None:
+        check_stored(last)
     return folder
+
+
+def _last_checkpoint(folder: str) -> str | None:
+    """The one that Ray Train would go on from."""
+    kept = storage.join(folder, CHECKPOINT_MANAGER_SNAPSHOT_FILENAME)
+    last = None
+    if storage.exists(kept):
+        last = json.loads(storage.read_text(kept))["latest_checkpoint_result"]
+    return last and storage.join(folder, last["checkpoint_dir_name"])
 
 
 def open_data(data: DataConfig) -> tuple[str, LatentManifest]:
