@@ -37,6 +37,17 @@ class World:
     def student(self) -> str:
         return str(self.folder / "student")
 
+    def options(self, name: str, root: Path) -> list[str]:
+        """Of a job that distills, with its runs below `root`."""
+        return [
+            f"run.name={name}",
+            f"run.storage_uri={root}",
+            f"run.tracking.uri=sqlite:///{root}/mlflow.db",
+            f"data.uri={self.data}",
+            f"teacher.uri={self.teacher}",
+            "train.global_batch_size=8",
+        ]
+
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:

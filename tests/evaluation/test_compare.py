@@ -18,21 +18,15 @@ from tests.evaluation.conftest import World
 
 def config(world: World, root: Path, *options: str) -> CompareConfig:
     given = [
-        "run.name=methods",
-        f"run.storage_uri={root}",
-        f"run.tracking.uri=sqlite:///{root}/mlflow.db",
-        f"data.uri={world.data}",
-        f"teacher.uri={world.teacher}",
         f"features_uri={world.features}",
         "objective.guidance.scale=1",
         "train.images=32",
-        "train.global_batch_size=8",
         "train.log_images=16",
         "samples=100",
         "nfe=[1,2]",
         "actors=1",
     ]
-    return load_config(CompareConfig, None, [*given, *options])
+    return load_config(CompareConfig, None, [*world.options("methods", root), *given, *options])
 
 
 @pytest.mark.slow

@@ -24,13 +24,7 @@ from tests.evaluation.conftest import World
 
 def planned(world: World, root: Path, *options: str) -> DistillPlan:
     given = [
-        "run.name=run",
-        f"run.storage_uri={root}",
-        f"run.tracking.uri=sqlite:///{root}/mlflow.db",
-        f"data.uri={world.data}",
-        f"teacher.uri={world.teacher}",
         "train.images=96",
-        "train.global_batch_size=8",
         "train.learning_rate=0.001",
         "train.checkpoint_images=32",
         "train.keep_checkpoints=1",
@@ -38,7 +32,9 @@ def planned(world: World, root: Path, *options: str) -> DistillPlan:
         f"validation.features_uri={world.features}",
         "validation.samples=100",
     ]
-    return prepare(load_config(DistillConfig, None, [*given, *options]))
+    return prepare(
+        load_config(DistillConfig, None, [*world.options("run", root), *given, *options])
+    )
 
 
 @pytest.mark.slow
