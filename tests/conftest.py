@@ -28,9 +28,7 @@ class TrackingServer:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = int(probe.getsockname()[1])
+        self.port = free_port()
         self.uri = f"http://127.0.0.1:{self.port}"
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -99,9 +97,7 @@ def tracking_server(tmp_path: Path, empty_database: Path) -> Iterator[TrackingSe
 def object_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """A real S3 endpoint over HTTP, in a process of its own, named by the standard environment."""
     folder = tmp_path_factory.mktemp("s3")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = int(probe.getsockname()[1])
+    port = free_port()
     command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
     with (folder / "moto.log").open("wb") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log)
@@ -121,6 +117,13 @@ def object_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     finally:
         process.kill()
         process.wait()
+
+
+def free_port() -> int:
+    """A port that nothing listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def answers_on(port: int) -> bool:
