@@ -210,7 +210,7 @@ def test_nothing_is_lost(
 
 
 def test_a_machine_that_goes_with_notice_takes_nothing_along(drill: DrillSite) -> None:
-    options = ["train.images=9600", "train.checkpoint_images=9600"]
+    options = ["train.images=6400", "train.checkpoint_images=6400"]
     driver = drill.start("notice", *options)
     driver.wait_until(lambda: driver.images_seen >= 400)
     drill.announce_loss()
