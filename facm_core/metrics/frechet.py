@@ -11,6 +11,8 @@ place of 5.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Sequence
+from statistics import pvariance
 from typing import Self
 
 import torch
@@ -131,6 +133,31 @@ class FrechetStatistics:
     def _require_samples(self, minimum: int) -> None:
         enough = self.count >= minimum
         require(enough, "count", self.count, "too few samples", f"Add at least {minimum}")
+
+
+def distance_with_error(
+    parts: Sequence[FrechetStatistics], reference: FrechetStatistics
+) -> tuple[float, float]:
+    """Distance of all parts together to `reference`, and its standard error.
+
+    By the jack-knife over the parts (Tukey 1958): with d₍ᵢ₎ the distance of all but part i,
+    s² = (n − 1)/n · Σᵢ (d₍ᵢ₎ − d̄)². That of the reference itself is not in it.
+
+    Args:
+        parts: Two or more, of equally many samples.
+        reference: What they are compared with.
+    """
+    count = len(parts)
+    require(count > 1, "parts", count, "no error from fewer than two", "Give e.g. ten")
+
+    def distance(some: Iterable[FrechetStatistics]) -> float:
+        together = FrechetStatistics(reference.dimension)
+        for part in some:
+            together.merge(part)
+        return together.distance(reference)
+
+    without_one = [distance((*parts[:i], *parts[i + 1 :])) for i in range(count)]
+    return distance(parts), math.sqrt((count - 1) * pvariance(without_one))
 
 
 def gaussian_distance(mean_1: Tensor, cov_1: Tensor, mean_2: Tensor, cov_2: Tensor) -> float:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from facm_core.errors import InvalidInputError
-from facm_core.metrics import FrechetStatistics, frechet, self_test
+from facm_core.metrics import FrechetStatistics, distance_with_error, frechet, self_test
 
 
 def features(seed: int, rows: int, width: int, shift: float = 0.0) -> Tensor:
@@ -101,6 +101,20 @@ def test_a_large_mean_does_not_cancel() -> None:
         shifted.update(batch + 1e6)
     # 1e6 keeps 1e-10 of each value; sums of raw squares would keep 1e-4 of the covariance.
     torch.testing.assert_close(shifted.covariance, plain.covariance, rtol=1e-8, atol=1e-8)
+
+
+def test_the_error_is_the_spread_of_repeated_measurements() -> None:
+    """Of 400 independent sets of 10 times 50 samples, against one reference."""
+    reference = statistics(features(7, 4000, 3) * 1.5)
+    repeats = features(8, 400 * 500, 3).reshape(400, 10, 50, 3) + 0.4
+    found = [distance_with_error([statistics(x) for x in parts], reference) for parts in repeats]
+    distances, errors = torch.tensor(found, dtype=torch.float64).unbind(1)
+    together = statistics(repeats[0].reshape(500, 3)).distance(reference)
+    assert float(distances[0]) == pytest.approx(together, rel=1e-12)
+    # Both sides of it are estimates, of 4 and of 1 %.
+    assert float(errors.mean()) == pytest.approx(float(distances.std()), rel=0.1)
+    with pytest.raises(InvalidInputError, match="fewer than two"):
+        distance_with_error([statistics(features(1, 9, 3))], reference)
 
 
 def test_state_dict_round_trip() -> None:

@@ -46,9 +46,12 @@ def test_every_checkpoint_is_measured_and_the_best_kept(
     plan = planned(world, root, "validation.nfe=2")
     result = plan.execute()
     assert result.run_id is not None
-    history = store.client.get_metric_history(result.run_id, "fid")
-    fids = {point.step: point.value for point in history}
-    assert list(fids) == [32, 64, 96]
+    fids, errors = (
+        {p.step: p.value for p in store.client.get_metric_history(result.run_id, name)}
+        for name in ("fid", "fid_error")
+    )
+    assert list(fids) == list(errors) == [32, 64, 96]
+    assert all(0 < errors[images] < fids[images] for images in fids)
 
     snapshot = json.loads((root / "run" / "checkpoint_manager_snapshot.json").read_text())
     kept = {one["checkpoint_dir_name"]: one["metrics"] for one in snapshot["checkpoint_results"]}
@@ -58,6 +61,7 @@ def test_every_checkpoint_is_measured_and_the_best_kept(
         student = str(tmp_path / name)
         images = export(str(root / "run" / name), student).metrics["images_seen"]
         assert metrics["fid"] == fids[int(images)]
+        assert metrics["fid_error"] == errors[int(images)]
         config = evaluate.EvaluateConfig(
             run=replace(plan.config.run, name=name),
             data=plan.config.data,
@@ -117,6 +121,7 @@ def test_the_loop_ends_at_the_target(
         ("validation.samples=101", "validation.samples = 101: not a multiple of the 10 classes"),
         ("validation.features_uri=/nowhere", "validation.features_uri = '/nowhere'"),
         ("validation.target_fid=0", "validation.target_fid = 0.0: not positive"),
+        ("validation.samples=10", "validation.samples = 10: too few for ten parts"),
         ("validation.nfe=0", "validation.nfe = 0: below 1"),
         ("validation.cpus=0", "validation.cpus = 0.0: not positive"),
     ],

@@ -253,7 +253,8 @@ class ValidationConfig:
         for name in ("nfe", "batch_size"):
             value = getattr(self, name)
             require(value >= 1, name, value, "below 1", "Use a whole number from 1")
-        require(self.samples >= 2, "samples", self.samples, "below 2", "Use at least 2")
+        few = "too few for ten parts, whose spread is the error of the FID"
+        require(self.samples >= 20, "samples", self.samples, few, "Use at least 20")
         require(self.seed >= 0, "seed", self.seed, "negative", "Use 0 or more")
         require(self.cpus > 0, "cpus", self.cpus, "not positive", "Use e.g. 0.25")
         target = self.target_fid

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import tempfile
+from itertools import pairwise
 from pathlib import Path
 
 import safetensors.torch
 from ray.train import Checkpoint
 
-from facm_core.metrics import FrechetStatistics
+from facm_core.metrics import FrechetStatistics, distance_with_error
 from facm_platform import storage
 from facm_platform.evaluation.engine import Evaluator, Workload
 from facm_platform.evaluation.features import load_features
@@ -17,12 +18,15 @@ from facm_platform.tracking import MetricSender
 from facm_platform.training.export import export
 from facm_platform.training.task import TrainingTask
 
-FID = "fid"
-"""The metric."""
+FID, FID_ERROR = "fid", "fid_error"
+"""The metrics: a distance, and its standard error."""
+
+# Of the samples, from which the error is told.
+_PARTS = 10
 
 
 def measure(task: TrainingTask, checkpoint: Checkpoint) -> dict[str, float]:
-    """FID of a checkpoint's average; also into MLflow, at its count of images.
+    """FID of a checkpoint's average, with its standard error; also into MLflow, at its images.
 
     Args:
         task: Whose checkpoint it is; it has a `validation`.
@@ -55,8 +59,10 @@ def measure(task: TrainingTask, checkpoint: Checkpoint) -> dict[str, float]:
         student = str(Path(folder, "student"))
         # Ray's address of it lacks the scheme of the store.
         exported = export(storage.join(task.folder_uri, Path(checkpoint.path).name), student)
-        samples = evaluator.block(student, config.nfe, 0, config.samples)
-    found = {FID: samples.statistics.distance(reference)}
+        edges = [config.samples * part // _PARTS for part in range(_PARTS + 1)]
+        parts = [evaluator.block(student, config.nfe, *edge).statistics for edge in pairwise(edges)]
+    fid, error = distance_with_error(parts, reference)
+    found = {FID: fid, FID_ERROR: error}
     if task.run_id is not None:
         spool = Path(tempfile.gettempdir(), "facm_metrics", f"{task.run_id}-validation.jsonl")
         sender = MetricSender(task.tracking_uri, task.run_id, spool)
