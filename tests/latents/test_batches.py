@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -197,6 +198,12 @@ def test_slow_tasks_and_many_executions_change_nothing(
 ) -> None:
     monkeypatch.setattr("facm_platform.latents.source._TASKS_PER_EXECUTION", 5)
 
+    threads = []
+
+    def noted(make: Make) -> list[DataIterator]:
+        threads.append(threading.current_thread())
+        return make()
+
     stream = stream_of(latent_set)
     tasks = list(stream.tasks(7, 7 + 320))
     assert len(tasks) > 10
@@ -209,8 +216,11 @@ def test_slow_tasks_and_many_executions_change_nothing(
     # Ray's first task is slow, for the others to overtake.
     monkeypatch.setattr("facm_platform.latents.reading._dealt", with_delay)
     here = list(local_batches(stream, 7, 7 + 320, 16))
-    assert_equal(list(ray_batches(stream, Worker(0, 1, alone), 7, 7 + 320, 16)), here)
+    assert_equal(list(ray_batches(stream, Worker(0, 1, noted), 7, 7 + 320, 16)), here)
     assert len(here) == 20
+    # A collective: in another thread, it could meet others' of the training loop in any order.
+    assert len(threads) > 1
+    assert set(threads) == {threading.current_thread()}
 
 
 @pytest.mark.usefixtures("ray_cluster")

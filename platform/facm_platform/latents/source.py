@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from itertools import count, islice
+from itertools import chain, count, islice
 from typing import TypeVar, cast
 
 import pyarrow as pa
@@ -94,9 +94,12 @@ def ray_batches(
 def _batches(
     stream: LatentStream, worker: Worker, start_row: int, stop_row: int, batch_rows: int
 ) -> Iterator[Batch]:
-    for tasks in _executions(stream, start_row, stop_row, batch_rows):
-        rows = (worker.rows(first, batch_rows) for first in count(tasks[0].number, batch_rows))
-        batches = batches_of(stream.manifest, _shares(tasks, worker), map(len, rows))
+    for first, *others in _executions(stream, start_row, stop_row, batch_rows):
+        # By the caller's thread, a collective between the same two steps on all workers.
+        shares = _dealt_by_ray(others, worker) if others else iter(())
+        shares = chain(_read_here(first, worker), shares)
+        rows = (worker.rows(number, batch_rows) for number in count(first.number, batch_rows))
+        batches = batches_of(stream.manifest, shares, map(len, rows))
         if torch.cuda.is_available():
             batches = map(Batch.pinned, batches)
         yield from _one_ahead(batches)
@@ -117,19 +120,22 @@ def _executions(
         row = stop
 
 
-def _shares(tasks: list[StreamTask], worker: Worker) -> Iterator[pa.Table]:
-    """What this worker is dealt of `tasks`, in order."""
-    first, *others = tasks
-    shares = _one_ahead(_ray_shares(others, worker)) if others else iter(())
-    yield read(first, worker.count)[worker.rank]
-    yield from shares
+def _read_here(task: StreamTask, worker: Worker) -> Iterator[pa.Table]:
+    """What this worker is dealt of `task`."""
+    yield read(task, worker.count)[worker.rank]
 
 
-def _ray_shares(tasks: list[StreamTask], worker: Worker) -> Iterator[pa.Table]:
+def _dealt_by_ray(tasks: list[StreamTask], worker: Worker) -> Iterator[pa.Table]:
+    """What this worker is dealt of `tasks`, in order; Ray Data starts at once. A collective."""
     iterators = worker.from_rank_zero(partial(_split, tasks, worker.count))
-    schema = tasks[0].format.drawn().schema
-    expected = worker.rows(tasks[0].number, worker.count).start
-    for share in _blocks(iterators[worker.rank]):
+    return _one_ahead(_shares(iterators[worker.rank], tasks[0], worker))
+
+
+def _shares(iterator: DataIterator, first: StreamTask, worker: Worker) -> Iterator[pa.Table]:
+    """What comes of `iterator`, which begins with `first`, after making sure that it is right."""
+    schema = first.format.drawn().schema
+    expected = worker.rows(first.number, worker.count).start
+    for share in _blocks(iterator):
         number, table = share.column(NUMBER)[0].as_py(), unpacked(share, schema)
         if number != expected:
             raise RuntimeError(f"Ray Data dealt row {number} to a worker that waits for {expected}")
