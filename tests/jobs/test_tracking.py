@@ -29,7 +29,7 @@ def test_a_minute_without_the_tracking_server(
         f"run.tracking.uri={tracking_server.uri}",
         f"data.uri={digits_uri}",
         f"teacher.uri={teacher_uri}",
-        "train.images=10000000",
+        "train.images=400000",
         f"train.max_hours={SECONDS / 3600}",
         f"train.global_batch_size={BATCH}",
         f"train.log_images={LOG}",
