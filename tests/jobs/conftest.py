@@ -24,7 +24,8 @@ def command(job: str, *arguments: str) -> list[str]:
 def environment() -> dict[str, str]:
     """This process's, without a tracking server, and with a Ray of the job's own."""
     kept = {name: value for name, value in os.environ.items() if name != "MLFLOW_TRACKING_URI"}
-    return kept | {"RAY_ADDRESS": "local", "PYTHONUNBUFFERED": "1"}
+    # Ray takes lines of two workers that differ in numbers only for one, and keeps the second back.
+    return kept | {"RAY_ADDRESS": "local", "PYTHONUNBUFFERED": "1", "RAY_DEDUP_LOGS": "0"}
 
 
 def last_line(output: str) -> dict[str, Any]:

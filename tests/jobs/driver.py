@@ -54,10 +54,10 @@ class Driver:
         return int(found[-1].replace(",", "")) if found else 0
 
     def worker(self, rank: int) -> psutil.Process:
-        """The process of a rank."""
-        return psutil.Process(
-            int(re.findall(rf"worker {rank} of 2: process (\d+)", self.output)[-1])
-        )
+        """The process of a rank, once it has told."""
+        pattern = rf"worker {rank} of 2: process (\d+)"
+        self.wait_until(lambda: re.search(pattern, self.output) is not None)
+        return psutil.Process(int(re.findall(pattern, self.output)[-1]))
 
     def wait_until(self, done: Callable[[], bool]) -> None:
         deadline = time.monotonic() + 300
