@@ -14,7 +14,7 @@ import torch.distributed as dist
 from facm_platform.training import watchdog as module
 
 if __name__ == "__main__":
-    module._BEAT_SECONDS, module._ANSWER_SECONDS = 0.3, 2
+    module._BEAT_SECONDS, module._ANSWER_SECONDS = 0.5, 3
     case, port, rank, world_size = sys.argv[1], *map(int, sys.argv[2:])
     address = f"tcp://127.0.0.1:{port}"
     dist.init_process_group("gloo", init_method=address, rank=rank, world_size=world_size)
