@@ -15,6 +15,7 @@ from facm_platform.latents import LatentManifest
 from facm_platform.latents.manifest import part_name
 from facm_platform.latents.tables import RowFormat
 from facm_platform.latents.writer import write_part
+from tests.latents.pictures import Place
 
 SHAPE = (2, 3, 4)
 ROW_GROUP_ROWS = 7
@@ -85,3 +86,15 @@ def own_set(make_set: MakeSet, tmp_path: Path) -> tuple[str, LatentManifest]:
     """The same set, to be damaged."""
     uri = str(tmp_path / "set")
     return uri, make_set(uri)
+
+
+@pytest.fixture(params=["folder", "s3"])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
+    if request.param == "folder":
+        return Place(str(tmp_path / "images"))
+    return Place(f"{request.getfixturevalue('bucket')}/some/images")
+
+
+@pytest.fixture
+def here(tmp_path: Path) -> Place:
+    return Place(str(tmp_path / "images"))
