@@ -12,9 +12,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from facm_platform.latents.images import (
-    BrokenImageError,
-)
+from facm_platform.latents.images import BrokenImageError
 from facm_platform.latents.images.pixels import decode
 from tests.latents.pictures import encoded, photo
 

@@ -9,10 +9,7 @@ import pytest
 from sklearn.datasets import load_digits
 
 from facm_core.errors import InvalidInputError
-from facm_platform.latents.images import (
-    ImagesConfig,
-    image_source,
-)
+from facm_platform.latents.images import ImagesConfig, image_source
 from tests.latents.pictures import Place, gathered
 
 
