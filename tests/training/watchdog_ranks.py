@@ -18,9 +18,9 @@ if __name__ == "__main__":
     case, port, rank, world_size = sys.argv[1], *map(int, sys.argv[2:])
     address = f"tcp://127.0.0.1:{port}"
     dist.init_process_group("gloo", init_method=address, rank=rank, world_size=world_size)
+    dist.all_reduce(torch.zeros(1))
     watchdog = module.Watchdog(3.0)
     watchdog.moved(480, "in a step")
-    dist.all_reduce(torch.zeros(1))
     if case == "sleeps" and rank == 1:
         threading.Event().wait()
     if case == f"stops-{rank}":
@@ -30,3 +30,4 @@ if __name__ == "__main__":
         watchdog.close()
         time.sleep(4)
     dist.all_reduce(torch.zeros(1))
+    dist.destroy_process_group()
