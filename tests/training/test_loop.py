@@ -17,9 +17,10 @@ import torch
 
 from facm_core.errors import InvalidInputError
 from facm_core.objectives import FACMConfig
+from facm_platform import storage
 from facm_platform.latents import Batch, LatentStream
 from facm_platform.registry import load_artifact
-from facm_platform.training.checkpoint import RECORD
+from facm_platform.training.checkpoint import RECORD, check_stored
 from facm_platform.training.config import TrainConfig
 from facm_platform.training.context import LocalContext
 from facm_platform.training.loop import train
@@ -270,6 +271,19 @@ def test_a_damaged_checkpoint_is_refused_by_name(
     message = refused(make_task(), checkpoint.parent)
     assert f"checkpoint = '{shard}': missing or damaged" in message
     assert "Restore the file" in message
+
+
+def test_a_damaged_checkpoint_of_a_store_is_named_by_its_address(
+    checkpoint: Path, bucket: str
+) -> None:
+    uri = f"{bucket}/run/{checkpoint.name}"
+    storage.upload_folder(checkpoint, uri)
+    check_stored(uri)
+    content = bytearray(storage.read_bytes(f"{uri}/__0_0.distcp"))
+    content[len(content) // 2] ^= 1
+    storage.write_bytes(f"{uri}/__0_0.distcp", bytes(content))
+    with pytest.raises(InvalidInputError, match=f"checkpoint = '{uri}/__0_0.distcp': missing or"):
+        check_stored(uri)
 
 
 def test_half_a_checkpoint_is_none(make_task: MakeTask, checkpoint: Path) -> None:

@@ -17,7 +17,7 @@ TIMEOUT = 60
 
 
 def told(case: str) -> list[tuple[int, str]]:
-    """Exit status of each rank, None for one that had to be killed, and what it said."""
+    """Exit status of each rank, and what it said; one that is stopped is killed."""
     path = os.pathsep.join([str(ROOT), str(ROOT / "platform")])
     script, port = Path(__file__).with_name("watchdog_ranks.py"), str(free_port())
     processes = [

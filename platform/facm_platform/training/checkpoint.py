@@ -141,7 +141,7 @@ class TrainState:
     def _checked(self, folder: Path, state: Mapping[str, Any], group: Group) -> dict[str, Any]:
         record = read_record(folder)
         ranks, rank = dist.get_world_size(group), dist.get_rank(group)
-        check_files(folder, record, sorted(record["files"])[rank::ranks])
+        check_files(folder, record, sorted(record["files"])[rank::ranks], str(folder))
         check_tensors(folder, dict(_flat(state)))
         return record
 
@@ -205,7 +205,7 @@ def check_stored(uri: str) -> None:
         require(found.get(name) == size, "checkpoint", storage.join(uri, name), problem, _RESTORE)
     if sum(wanted.values()) <= storage.SMALL_BYTES:
         with storage.local_copy(uri) as folder:
-            check_files(folder, record, wanted)
+            check_files(folder, record, wanted, uri)
 
 
 def read_record(folder: Path) -> dict[str, Any]:
@@ -234,14 +234,17 @@ def read_record(folder: Path) -> dict[str, Any]:
     return record
 
 
-def check_files(folder: Path, record: Mapping[str, Any], names: Iterable[str]) -> None:
-    """Raise `InvalidInputError` unless the files of those `names` are what the record says."""
+def check_files(folder: Path, record: Mapping[str, Any], names: Iterable[str], uri: str) -> None:
+    """Raise `InvalidInputError` unless the files of those `names` are what the record says.
+
+    It names them by the address `uri`, of which `folder` may be a copy.
+    """
     for name in names:
         found = _described(folder / name) if (folder / name).is_file() else None
         require(
             found == record["files"][name],
             "checkpoint",
-            str(folder / name),
+            storage.join(uri, name),
             f"missing or damaged: {found}, where {RECORD} says {record['files'][name]}",
             _RESTORE,
         )

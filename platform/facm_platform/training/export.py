@@ -125,7 +125,7 @@ def _stored(uri: str) -> Iterator[_Stored]:
     try:
         with storage.local_copy(uri) as folder:
             record = read_record(folder)
-            check_files(folder, record, record["files"])
+            check_files(folder, record, record["files"], uri)
             yield _Stored(folder, record)
     except FileNotFoundError as error:
         remedy = "Give a folder checkpoint_… of a run"
