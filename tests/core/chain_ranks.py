@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -238,7 +239,9 @@ class Watch:
     """Which units are gathered, and the most that is whole at once: parameters and buffers.
 
     Memory for them is taken in two places of FSDP only. One gathers a unit into a buffer, the other
-    copies the buffer out into parameters; after each, everything is counted, in bytes.
+    copies the buffer out into parameters; after each, everything is counted, in bytes. Gloo's
+    threads hold a buffer for a moment after its gather has been waited for: a count above the
+    peak so far is therefore taken a second time, once they are done.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -274,6 +277,15 @@ class Watch:
             yield
 
     def count(self) -> None:
+        root, units = self.held()
+        if root > self.peak_of_root or units > self.peak:
+            time.sleep(0.05)
+            root, units = self.held()
+        self.peak_of_root = max(self.peak_of_root, root)
+        self.peak = max(self.peak, units)
+
+    def held(self) -> tuple[int, int]:
+        """Bytes of the root, and of all other units."""
         held = Counter[str]()
         for unit, parameters in self.parameters.items():
             for parameter in parameters:
@@ -282,8 +294,7 @@ class Watch:
                 )
         for unit, buffer in self.buffers:
             held[unit] += 0 if (x := buffer()) is None else x.untyped_storage().nbytes()
-        self.peak_of_root = max(self.peak_of_root, held.pop(""))
-        self.peak = max(self.peak, held.total())
+        return held.pop(""), held.total()
 
     def size_of(self, part: str) -> int:
         """Bytes of its whole parameters; "" is what belongs to no other unit."""
