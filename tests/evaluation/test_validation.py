@@ -19,6 +19,7 @@ from facm_platform.training.context import LocalContext, single_process_group
 from facm_platform.training.distill import DistillConfig, DistillPlan, prepare
 from facm_platform.training.export import export
 from facm_platform.training.loop import train
+from facm_platform.training.validation import measured
 from tests.evaluation.conftest import World
 
 
@@ -43,12 +44,12 @@ def test_every_checkpoint_is_measured_and_the_best_kept(
     world: World, store: Store, tmp_path: Path
 ) -> None:
     root = tmp_path / "runs"
-    plan = planned(world, root, "validation.nfe=2")
+    plan = planned(world, root, "validation.nfe=[2,1]")
     result = plan.execute()
     assert result.run_id is not None
     fids, errors = (
         {p.step: p.value for p in store.client.get_metric_history(result.run_id, name)}
-        for name in ("fid", "fid_error")
+        for name in ("fid_nfe2", "fid_nfe2_error")
     )
     assert list(fids) == list(errors) == [32, 64, 96]
     assert all(0 < errors[images] < fids[images] for images in fids)
@@ -60,19 +61,22 @@ def test_every_checkpoint_is_measured_and_the_best_kept(
     for name, metrics in kept.items():
         student = str(tmp_path / name)
         images = export(str(root / "run" / name), student).metrics["images_seen"]
-        assert metrics["fid"] == fids[int(images)]
-        assert metrics["fid_error"] == errors[int(images)]
+        assert metrics["fid_nfe2"] == fids[int(images)]
+        assert metrics["fid_nfe2_error"] == errors[int(images)]
         config = evaluate.EvaluateConfig(
             run=replace(plan.config.run, name=name),
             data=plan.config.data,
             student_uri=student,
             features_uri=world.features,
             samples=100,
-            nfe=(2,),
+            nfe=(1, 2),
             actors=1,
         )
-        measured = evaluate.prepare(config).evaluate().scores["student"][2].fid
-        assert metrics["fid"] == pytest.approx(measured, rel=1e-9)
+        scores = evaluate.prepare(config).evaluate().scores["student"]
+        for steps in (1, 2):
+            assert metrics[f"fid_nfe{steps}"] == pytest.approx(scores[steps].fid, rel=1e-9)
+    told = measured(plan.folder_uri)
+    assert [(one["images_seen"], one["fid_nfe2"]) for one in told] == list(fids.items())
 
     # What a resumed run would begin with, and looks at before.
     shard = root / "run" / "checkpoint_000000000096" / "__0_0.distcp"
@@ -80,7 +84,7 @@ def test_every_checkpoint_is_measured_and_the_best_kept(
     content[-1] ^= 1
     shard.write_bytes(content)
     with pytest.raises(InvalidInputError, match=r"__0_0.distcp.*missing or damaged"):
-        planned(world, root, "validation.nfe=2")
+        planned(world, root, "validation.nfe=[2,1]")
 
 
 @pytest.mark.slow
@@ -122,7 +126,7 @@ def test_the_loop_ends_at_the_target(
         ("validation.features_uri=/nowhere", "validation.features_uri = '/nowhere'"),
         ("validation.target_fid=0", "validation.target_fid = 0.0: not positive"),
         ("validation.samples=10", "validation.samples = 10: too few for ten parts"),
-        ("validation.nfe=0", "validation.nfe = 0: below 1"),
+        ("validation.nfe=[0]", "validation.nfe = (0,): not different step counts"),
         ("validation.cpus=0", "validation.cpus = 0.0: not positive"),
     ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from facm_core.errors import require
 from facm_platform.tracking import TrackingConfig
 
 
@@ -31,3 +32,9 @@ class DataConfig:
     """
 
     uri: str
+
+
+def require_step_counts(field: str, steps: tuple[int, ...]) -> None:
+    """Raise `InvalidInputError` unless these are numbers of steps to sample in."""
+    fits = bool(steps) and min(steps) >= 1 and len(set(steps)) == len(steps)
+    require(fits, field, steps, "not different step counts from 1", "Use e.g. [1,2,4]")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from facm_core.errors import require
-from facm_platform.config.sections import DataConfig, RunConfig
+from facm_platform.config.sections import DataConfig, RunConfig, require_step_counts
 from facm_platform.evaluation.features import FeatureExtractor
 from facm_platform.evaluation.real import image_shape
 from facm_platform.latents import LatentManifest
@@ -54,9 +54,7 @@ class EvaluateConfig:
             require(value >= 1, name, value, "below 1", "Use a whole number from 1")
         require(self.seed >= 0, "seed", self.seed, "negative", "Use 0 or more")
         for name in ("nfe", "teacher_nfe"):
-            steps = getattr(self, name)
-            fits = bool(steps) and min(steps) >= 1 and len(set(steps)) == len(steps)
-            require(fits, name, steps, "not different step counts from 1", "Use e.g. [1,2,4]")
+            require_step_counts(name, getattr(self, name))
         if self.register_as is not None:
             check_model_name("register_as", self.register_as)
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from facm_core.ema import exponent_of
 from facm_core.errors import require, require_one_of
+from facm_platform.config.sections import require_step_counts
 from facm_platform.latents import LatentManifest, LatentStream
 from facm_platform.latents.stream import WINDOW_GROUPS
 
@@ -231,28 +232,31 @@ class ValidationConfig:
     Attributes:
         features_uri: Feature extractor that jobs/fit_features.py wrote.
         samples: Number of samples; a multiple of the number of classes.
-        nfe: Steps of a sample.
+        nfe: Step counts at which it is measured; the first one decides which checkpoints are best.
         batch_size: Samples at once: memory and speed only.
         seed: Of all noise; the same for every checkpoint.
         cpus: Ray CPUs of the process that measures.
         gpu: Whether it has a GPU.
         target_fid: The run ends, as if it were at `train.images`, once a checkpoint is as good.
             None: it does not.
+        reference_uri: Where the statistics of the latent set are kept; several runs may share it.
+            None: in the run's folder.
     """
 
     features_uri: str
     samples: int = 5000
-    nfe: int = 1
+    nfe: tuple[int, ...] = (1,)
     batch_size: int = 64
     seed: int = 0
     cpus: float = 0.25
     gpu: bool = False
     target_fid: float | None = None
+    reference_uri: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("nfe", "batch_size"):
-            value = getattr(self, name)
-            require(value >= 1, name, value, "below 1", "Use a whole number from 1")
+        require_step_counts("nfe", self.nfe)
+        batch = self.batch_size
+        require(batch >= 1, "batch_size", batch, "below 1", "Use a whole number from 1")
         few = "too few for ten parts, whose spread is the error of the FID"
         require(self.samples >= 20, "samples", self.samples, few, "Use at least 20")
         require(self.seed >= 0, "seed", self.seed, "negative", "Use 0 or more")
@@ -261,3 +265,18 @@ class ValidationConfig:
         require(
             target is None or target > 0, "target_fid", target, "not positive", "Use more, or none"
         )
+
+    @property
+    def metric(self) -> str:
+        """The name of the distance that decides."""
+        return fid_name(self.nfe[0])
+
+
+def fid_name(steps: int) -> str:
+    """Of the metric: the FID of samples in so many steps."""
+    return f"fid_nfe{steps}"
+
+
+def error_name(steps: int) -> str:
+    """Of the metric that is its standard error."""
+    return f"{fid_name(steps)}_error"

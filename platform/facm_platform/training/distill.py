@@ -202,7 +202,12 @@ def _checked(config: ValidationConfig | None, manifest: LatentManifest) -> Valid
         check_measure(config.samples, config.features_uri, features, manifest)
     except InvalidInputError as error:
         raise error.inside("validation") from None
-    return replace(config, features_uri=features.uri)
+    reference_uri = config.reference_uri
+    return replace(
+        config,
+        features_uri=features.uri,
+        reference_uri=reference_uri and absolute(reference_uri, "validation.reference_uri"),
+    )
 
 
 def _check_teacher(config: DistillConfig, teacher: Artifact, manifest: LatentManifest) -> None:

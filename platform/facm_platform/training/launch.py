@@ -26,7 +26,7 @@ from facm_platform.training.loop import train
 from facm_platform.training.memory import out_of_memory
 from facm_platform.training.ray_context import RayContext
 from facm_platform.training.task import Hopeless, TrainingTask
-from facm_platform.training.validation import FID, measure
+from facm_platform.training.validation import measure
 
 # A failed controller is started again this often; Ray's default is without end.
 _CONTROLLER_FAILURES = 3
@@ -80,7 +80,7 @@ def launch(task: TrainingTask, workers: WorkersConfig) -> dict[str, float]:
             # Ray Train keeps the last one too, from which a run is resumed.
             checkpoint_config=CheckpointConfig(
                 num_to_keep=task.train.keep_checkpoints,
-                checkpoint_score_attribute=FID if validation else None,
+                checkpoint_score_attribute=validation.metric if validation else None,
                 checkpoint_score_order="min",
             ),
             failure_config=FailureConfig(
@@ -139,9 +139,9 @@ def _work(config: dict[str, Any]) -> dict[str, float] | Exception:
     # The root too: Train names one of its loggers by a file's path.
     for name in ("", "ray.data", "ray.train"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    validate = task.validation is not None
+    measured = task.validation.metric if task.validation else None
     try:
-        with closing(RayContext(task.folder_uri, workers.stall_seconds, validate)) as context:
+        with closing(RayContext(task.folder_uri, workers.stall_seconds, measured)) as context:
             place = f"process {os.getpid()} on {socket.gethostname()}"
             print(f"worker {context.rank} of {context.world_size}: {place}", flush=True)
             return train(task, context)

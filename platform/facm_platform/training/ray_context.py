@@ -25,7 +25,6 @@ from facm_platform.latents import Batch, LatentStream
 from facm_platform.latents.source import Make, Worker, ray_batches
 from facm_platform.storage import filesystem, join, upload_folder
 from facm_platform.training.context import Staged
-from facm_platform.training.validation import FID
 from facm_platform.training.watchdog import Watchdog
 
 # Beyond it, Ray Train tells what it knows without the checkpoint that is being uploaded.
@@ -38,11 +37,12 @@ class RayContext:
     Args:
         folder_uri: The run's own folder, which Ray Train knows too.
         stall_seconds: See `Watchdog`.
-        validate: Whether checkpoints are measured, see `launch`.
+        measured: Name of the distance by which checkpoints are compared (see `launch`); None where
+            they are not measured.
     """
 
-    def __init__(self, folder_uri: str, stall_seconds: float, validate: bool) -> None:
-        self._validate = validate
+    def __init__(self, folder_uri: str, stall_seconds: float, measured: str | None) -> None:
+        self._measured = measured
         self._watchdog = Watchdog(stall_seconds)
         self._run = folder_uri.rsplit("/", 1)[-1]
         self._gauges: dict[str, Gauge] = {}
@@ -86,7 +86,9 @@ class RayContext:
         reported = ray.train.get_all_reported_checkpoints(
             consistency_mode=CheckpointConsistencyMode.COMMITTED, timeout_s=_ANSWER_SECONDS
         )
-        return min((one.metrics.get(FID, math.inf) for one in reported), default=math.inf)
+        assert self._measured is not None
+        fids = (one.metrics.get(self._measured, math.inf) for one in reported)
+        return min(fids, default=math.inf)
 
     def batches(
         self, stream: LatentStream, start_row: int, stop_row: int, batch_rows: int
@@ -117,7 +119,7 @@ class RayContext:
         checkpoint = ray.train.Checkpoint(path, store)
         self._written.clear()
         # Until it is measured, the worst there is.
-        unmeasured = {FID: math.inf} if self._validate else {}
+        unmeasured = {self._measured: math.inf} if self._measured else {}
         ray.train.report(
             staged.record["metrics"] | unmeasured,
             checkpoint=checkpoint,
@@ -127,7 +129,7 @@ class RayContext:
             else CheckpointUploadMode.ASYNC,
             checkpoint_upload_fn=lambda *_: self._upload(staged, checkpoint),
             delete_local_checkpoint_after_upload=False,
-            validation=self._validate,
+            validation=self._measured is not None,
         )
 
     def _upload(self, staged: Staged, checkpoint: Checkpoint) -> Checkpoint:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from itertools import pairwise
 from pathlib import Path
@@ -15,18 +16,21 @@ from facm_platform.evaluation.engine import Evaluator, Workload
 from facm_platform.evaluation.features import load_features
 from facm_platform.evaluation.protocol import Protocol
 from facm_platform.tracking import MetricSender
+from facm_platform.training.config import error_name, fid_name
 from facm_platform.training.export import export
 from facm_platform.training.task import TrainingTask
 
-FID, FID_ERROR = "fid", "fid_error"
-"""The metrics: a distance, and its standard error."""
+VALIDATION = "validation"
+"""Folder of a run that holds what was measured."""
 
 # Of the samples, from which the error is told.
 _PARTS = 10
 
 
 def measure(task: TrainingTask, checkpoint: Checkpoint) -> dict[str, float]:
-    """FID of a checkpoint's average, with its standard error; also into MLflow, at its images.
+    """FID of a checkpoint's average at each step count, with its standard error.
+
+    Also into MLflow, at its images, and as a file of the run's folder (see `measured`).
 
     Args:
         task: Whose checkpoint it is; it has a `validation`.
@@ -53,28 +57,42 @@ def measure(task: TrainingTask, checkpoint: Checkpoint) -> dict[str, float]:
         device="cuda" if config.gpu else "cpu",
     )
     evaluator = Evaluator(workload)
-    kept = storage.join(task.folder_uri, "validation", f"{protocol.id}.safetensors")
-    reference = _reference(evaluator, kept)
+    folder_uri = storage.join(task.folder_uri, VALIDATION)
+    reference_uri = config.reference_uri or folder_uri
+    reference = _reference(evaluator, storage.join(reference_uri, f"{protocol.id}.safetensors"))
+    edges = [config.samples * part // _PARTS for part in range(_PARTS + 1)]
+    found: dict[str, float] = {}
     with tempfile.TemporaryDirectory(prefix="facm-validation-") as folder:
         student = str(Path(folder, "student"))
         # Ray's address of it lacks the scheme of the store.
         exported = export(storage.join(task.folder_uri, Path(checkpoint.path).name), student)
-        edges = [config.samples * part // _PARTS for part in range(_PARTS + 1)]
-        parts = [evaluator.block(student, config.nfe, *edge).statistics for edge in pairwise(edges)]
-    fid, error = distance_with_error(parts, reference)
-    found = {FID: fid, FID_ERROR: error}
+        for steps in config.nfe:
+            blocks = [evaluator.block(student, steps, *edge) for edge in pairwise(edges)]
+            parts = [block.statistics for block in blocks]
+            fid, error = distance_with_error(parts, reference)
+            found |= {fid_name(steps): fid, error_name(steps): error}
+    images_seen = int(exported.metrics["images_seen"])
     if task.run_id is not None:
         spool = Path(tempfile.gettempdir(), "facm_metrics", f"{task.run_id}-validation.jsonl")
         sender = MetricSender(task.tracking_uri, task.run_id, spool)
-        sender.send(found, int(exported.metrics["images_seen"]))
+        sender.send(found, images_seen)
         sender.close()
+    kept = json.dumps({"images_seen": images_seen, **found}, indent=2) + "\n"
+    storage.write_bytes(storage.join(folder_uri, f"{images_seen:012d}.json"), kept.encode())
     return found
 
 
 def _reference(evaluator: Evaluator, kept: str) -> FrechetStatistics:
-    """Of every row of the latent set; computed once a run."""
+    """Of every row of the latent set; computed once."""
     if storage.exists(kept):
         return FrechetStatistics.from_state_dict(safetensors.torch.load(storage.read_bytes(kept)))
     statistics = evaluator.reference().statistics
     storage.write_bytes(kept, safetensors.torch.save(statistics.state_dict()))
     return statistics
+
+
+def measured(folder_uri: str) -> list[dict[str, float]]:
+    """What `measure` found of a run's checkpoints, in the order of their ``images_seen``."""
+    folder = storage.join(folder_uri, VALIDATION)
+    names = sorted(name for name in storage.list_files(folder) if name.endswith(".json"))
+    return [json.loads(storage.read_text(storage.join(folder, name))) for name in names]
