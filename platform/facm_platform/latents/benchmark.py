@@ -91,7 +91,7 @@ def benchmark(uri: str, rows: int = 100_000, batch: int = 256) -> JobResult:
         manifest = _write_set(here, rows)
         _write_shards(folder, rows)
         ways: dict[str, Way] = {
-            _PUBLISHED: partial(_published, folder, manifest, batch),
+            _PUBLISHED: partial(_published, _published_loader(folder, manifest, batch), batch),
             _BARE: partial(_bare, here, manifest),
             "stream": partial(_stream, here, manifest, batch),
         }
@@ -172,9 +172,24 @@ class _PublishedDataset(Dataset[tuple[torch.Tensor, torch.Tensor]]):
         return ((latent - self._mean) / self._std).squeeze(0), label.squeeze(0)
 
 
-def _published(folder: Path, manifest: LatentManifest, batch_rows: int, rows: int) -> Iterator[int]:
-    dataset = _PublishedDataset(folder, manifest)
-    loader = DataLoader(dataset, batch_size=batch_rows, shuffle=True, num_workers=2)
+def _published_loader(
+    folder: Path, manifest: LatentManifest, batch_rows: int
+) -> DataLoader[tuple[torch.Tensor, torch.Tensor]]:
+    return DataLoader(
+        _PublishedDataset(folder, manifest),
+        batch_size=batch_rows,
+        shuffle=True,
+        num_workers=2,
+        # A fork of this process, with Ray's threads in it, was seen to hang. Kept, because such
+        # workers take seconds to start.
+        multiprocessing_context="forkserver",
+        persistent_workers=True,
+    )
+
+
+def _published(
+    loader: DataLoader[tuple[torch.Tensor, torch.Tensor]], batch_rows: int, rows: int
+) -> Iterator[int]:
     for latents, _ in islice(loader, rows // batch_rows):
         yield len(latents)
 
