@@ -21,6 +21,7 @@ from facm_platform.latents import LatentManifest
 from facm_platform.tracking import Store, TrackingConfig, connect_store
 from tests.faulty_s3 import FaultyS3, random_faults
 from tests.small import artifact_config, write_digits, write_model
+from tests.world import World, write_world
 
 
 class TrackingServer:
@@ -196,3 +197,9 @@ def teacher_uri(tmp_path_factory: pytest.TempPathFactory, digits_uri: str) -> st
     folder = tmp_path_factory.mktemp("teacher")
     write_model(folder, artifact_config(LatentManifest.load(digits_uri)))
     return str(folder)
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    """Digits, features, a teacher and its student."""
+    return write_world(tmp_path_factory.mktemp("world"))

@@ -13,7 +13,7 @@ from facm_platform.compare import METHODS, CompareConfig, as_table, prepare
 from facm_platform.config import load_config
 from facm_platform.registry import load_artifact
 from facm_platform.tracking import Store
-from tests.evaluation.conftest import World
+from tests.world import World
 
 
 def config(world: World, root: Path, *options: str) -> CompareConfig:

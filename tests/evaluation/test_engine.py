@@ -21,7 +21,7 @@ from facm_platform.evaluation.features import load_features
 from facm_platform.evaluation.protocol import dequantise
 from facm_platform.evaluation.real import real_images
 from facm_platform.registry import load_artifact
-from tests.evaluation.conftest import World
+from tests.world import World
 
 SAMPLES = 1100  # more than two blocks, and not a whole number of them
 

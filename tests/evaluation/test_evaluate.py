@@ -20,8 +20,8 @@ from facm_platform.registry import load_artifact
 from facm_platform.registry.versions import CHALLENGER, find_version
 from facm_platform.tracking import Store, TrackingConfig, connect_store
 from tests.conftest import TrackingServer
-from tests.evaluation.conftest import World
 from tests.small import artifact_config, write_digits, write_model
+from tests.world import World
 
 
 def config(world: World, root: Path, uri: str | None = None, **changes: object) -> EvaluateConfig:

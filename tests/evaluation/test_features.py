@@ -18,7 +18,7 @@ from facm_platform.evaluation.protocol import dequantise
 from facm_platform.evaluation.real import real_images
 from facm_platform.storage import write_bytes
 from facm_platform.tracking import Store, TrackingConfig
-from tests.evaluation.conftest import World
+from tests.world import World
 
 
 def config(world: World, tmp_path: Path, uri: str, **changes: object) -> FeaturesConfig:

@@ -20,7 +20,7 @@ from facm_platform.training.distill import DistillConfig, DistillPlan, prepare
 from facm_platform.training.export import export
 from facm_platform.training.loop import train
 from facm_platform.training.validation import measured
-from tests.evaluation.conftest import World
+from tests.world import World
 
 
 def planned(world: World, root: Path, *options: str) -> DistillPlan:

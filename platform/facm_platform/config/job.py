@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Protocol, TypeVar
 
@@ -61,6 +61,7 @@ def run_job(
     *,
     description: str,
     argv: Sequence[str] | None = None,
+    switches: Mapping[str, tuple[str, str]] | None = None,
 ) -> int:
     """Run a job from the command line.
 
@@ -68,6 +69,7 @@ def run_job(
         schema: Configuration dataclass of the job.
         prepare: Validates everything reachable and returns the plan; raises `InvalidInputError`.
         description: One paragraph for ``--help``.
+        switches: Further options, each with the override that it stands for and its help.
 
     Returns:
         Exit status, see `report`.
@@ -75,12 +77,23 @@ def run_job(
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--recipe", metavar="NAME|FILE", help="a file of jobs/recipes, or a path")
     parser.add_argument("--print-config", action="store_true", help="print the whole config, stop")
-    parser.add_argument("--dry-run", action="store_true", help="validate everything, start nothing")
+    parser.add_argument(
+        "--dry-run",
+        "--plan",
+        action="store_true",
+        help="validate everything, print what would be done, start nothing",
+    )
+    parser.set_defaults(switched=None)
+    for name, (override, meaning) in (switches or {}).items():
+        parser.add_argument(
+            name, dest="switched", action="append_const", const=override, help=meaning
+        )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="config overrides")
     arguments = parser.parse_args(argv)
 
     def work() -> JobResult | None:
-        config = load_config(schema, arguments.recipe, arguments.overrides)
+        overrides = [*arguments.overrides, *(arguments.switched or ())]
+        config = load_config(schema, arguments.recipe, overrides)
         if arguments.print_config:
             print(as_yaml(config), end="")
             return None

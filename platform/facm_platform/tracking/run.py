@@ -14,7 +14,7 @@ from mlflow.utils.mlflow_tags import MLFLOW_RUN_NAME
 
 from facm_core.errors import require
 from facm_platform.config import as_dict, as_yaml, config_hash
-from facm_platform.tracking.store import Store
+from facm_platform.tracking.store import Store, TrackingConfig, new_client
 
 Status: TypeAlias = Literal["FINISHED", "FAILED", "KILLED"]
 
@@ -104,15 +104,14 @@ def open_run(
         resume: Continue the latest run of this name and job, if there is one.
     """
     check_run_name("run_name", run_name)
-    identity = {"facm.run_name": run_name, "facm.job": job}
-    found = _latest(store, identity) if resume else None
-    if found is None:
-        created = store.client.create_run(
-            store.experiment_id, tags={MLFLOW_RUN_NAME: run_name, **identity}
-        )
-        run, known = Run(store, str(created.info.run_id), run_name), {}
+    known: dict[str, str] = {}
+    run = find_run(store, run_name, job) if resume else None
+    if run is None:
+        tags_of_run = {MLFLOW_RUN_NAME: run_name, **_identity(run_name, job)}
+        created = store.client.create_run(store.experiment_id, tags=tags_of_run)
+        run = Run(store, str(created.info.run_id), run_name)
     else:
-        run, known = Run(store, str(found.info.run_id), run_name), dict(found.data.params)
+        known = dict(store.client.get_run(run.run_id).data.params)
         store.client.update_run(run.run_id, status="RUNNING")
     params = dict(flatten(as_dict(config)))
     # Parameters cannot change: a resumed run keeps its own, its config.yaml tells the latest.
@@ -124,6 +123,50 @@ def open_run(
     lineage = {"config_hash": config_hash(config)} | ({"git_commit": commit} if commit else {})
     run.set_tags(lineage | dict(tags or {}))
     return run
+
+
+def find_run(store: Store, run_name: str, job: str) -> Run | None:
+    """The latest run of that name and job, if there is one."""
+    clauses = [f"tags.`{key}` = '{value}'" for key, value in _identity(run_name, job).items()]
+    runs = store.client.search_runs(
+        [store.experiment_id],
+        filter_string=" and ".join(clauses),
+        order_by=["attributes.start_time DESC"],
+        max_results=1,
+    )
+    return Run(store, str(runs[0].info.run_id), run_name) if runs else None
+
+
+def latest_metric(
+    tracking: TrackingConfig, root: Path, metric: str, job: str, tags: Mapping[str, str]
+) -> float | None:
+    """Last value of `metric` in the latest run of `job` with these tags; None where there is none.
+
+    Creates nothing, so that a dry run may ask.
+
+    Args:
+        tracking: The store.
+        root: See `embedded_root`.
+        metric: Its name.
+        job: Name of the job.
+        tags: Further ones of the run.
+    """
+    uri = tracking.resolve(root)
+    if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).exists():
+        return None
+    client = new_client(uri)
+    experiment = client.get_experiment_by_name(tracking.experiment)
+    if experiment is None:
+        return None
+    wanted = {"job": job, **tags}
+    clauses = [f"tags.`{_prefixed(key)}` = '{value}'" for key, value in wanted.items()]
+    runs = client.search_runs(
+        [experiment.experiment_id],
+        filter_string=" and ".join([*clauses, f"metrics.`{metric}` > 0"]),
+        order_by=["attributes.start_time DESC"],
+        max_results=1,
+    )
+    return float(runs[0].data.metrics[metric]) if runs else None
 
 
 def flatten(values: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, str]]:
@@ -151,15 +194,8 @@ def git_commit() -> str | None:
     return done.stdout.strip() if done.returncode == 0 else None
 
 
-def _latest(store: Store, tags: Mapping[str, str]) -> Any:
-    clauses = [f"tags.`{key}` = '{value}'" for key, value in tags.items()]
-    runs = store.client.search_runs(
-        [store.experiment_id],
-        filter_string=" and ".join(clauses),
-        order_by=["attributes.start_time DESC"],
-        max_results=1,
-    )
-    return runs[0] if runs else None
+def _identity(run_name: str, job: str) -> dict[str, str]:
+    return {"facm.run_name": run_name, "facm.job": job}
 
 
 def _prefixed(key: str) -> str:

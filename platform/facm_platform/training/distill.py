@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from facm_core.errors import InvalidInputError, require
@@ -36,6 +37,7 @@ class TeacherConfig:
     uri: str
 
 
+JOB = "distill"
 _NAMES = {FACMConfig: "facm", MeanFlowConfig: "mean_flow", SCMConfig: "scm"}
 _SECTIONS = ("objective", "mean_flow", "scm")
 
@@ -120,16 +122,17 @@ class DistillPlan:
             + memory_estimate(self.architecture, train, config.workers, distill=True)
         )
 
-    def execute(self) -> JobResult:
-        """Distill on the cluster."""
+    def execute(self, tags: Mapping[str, str] | None = None) -> JobResult:
+        """Distill on the cluster; `tags` are further ones of the MLflow run."""
         config = self.config
         return execute(
             config.run,
             config,
             config.workers,
-            job="distill",
+            job=JOB,
             lineage=lineage(self.manifest, self.teacher),
             make_task=self.task,
+            tags=tags,
         )
 
     @property
@@ -158,7 +161,7 @@ class DistillPlan:
             config_hash=config_hash(config),
         )
         return TrainingTask(
-            job="distill",
+            job=JOB,
             folder_uri=self.folder_uri,
             stream=config.train.stream(self.data_uri, self.manifest),
             objective=method,
@@ -175,14 +178,13 @@ def prepare(config: DistillConfig) -> DistillPlan:
     """Validate a distillation without touching a cluster.
 
     Raises:
-        InvalidInputError: see `check_run`, `check_batch`, `open_data`, `load_artifact`;
+        InvalidInputError: see `check_run`, `check_fit`, `open_data`, `load_artifact`;
             or teacher, data and conditioning that do not belong together.
     """
-    check_batch(config.train, config.workers)
     data_uri, manifest = open_data(config.data)
     teacher_uri = absolute(config.teacher.uri, "teacher.uri")
     teacher = load_artifact(teacher_uri, "teacher.uri")
-    _check_teacher(config, teacher, manifest)
+    check_fit(config, teacher, manifest)
     folder_uri = check_run(config.run, config, lineage(manifest, teacher))
     validation = _checked(config.validation, manifest)
     return DistillPlan(config, folder_uri, data_uri, teacher_uri, manifest, teacher, validation)
@@ -210,7 +212,9 @@ def _checked(config: ValidationConfig | None, manifest: LatentManifest) -> Valid
     )
 
 
-def _check_teacher(config: DistillConfig, teacher: Artifact, manifest: LatentManifest) -> None:
+def check_fit(config: DistillConfig, teacher: Artifact, manifest: LatentManifest) -> None:
+    """Raise `InvalidInputError` unless workers, batches, teacher and data belong together."""
+    check_batch(config.train, config.workers)
     architecture, method = teacher.config.architecture, config.method
     expanded = isinstance(method, FACMConfig) and method.conditioning == "expanded"
     size = architecture.input_size

@@ -125,8 +125,13 @@ def _known_address() -> Iterator[None]:
 def _validation_config(task: TrainingTask) -> ValidationConfig | None:
     if task.validation is None:
         return None
-    resources = {"num_cpus": task.validation.cpus, "num_gpus": int(task.validation.gpu)}
-    return ValidationConfig(partial(measure, task), ray_remote_kwargs=resources)
+    how = {
+        "num_cpus": task.validation.cpus,
+        "num_gpus": int(task.validation.gpu),
+        # Else, in a trial of Ray Tune's, in the place that was reserved for its driver.
+        "scheduling_strategy": "DEFAULT",
+    }
+    return ValidationConfig(partial(measure, task), ray_remote_kwargs=how)
 
 
 def _work(config: dict[str, Any]) -> dict[str, float] | Exception:

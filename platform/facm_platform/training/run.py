@@ -72,14 +72,14 @@ def check_run(run: RunConfig, config: Any, lineage: Lineage) -> str:
             "the name is in use for another run:\n" + "\n".join(lines) + "\n",
             "Use another run.name, or the same config and inputs to resume the run",
         )
-    last = _last_checkpoint(folder)
+    last = last_checkpoint(folder)
     if last is not None:
         check_stored(last)
     return folder
 
 
-def _last_checkpoint(folder: str) -> str | None:
-    """The one that Ray Train would go on from."""
+def last_checkpoint(folder: str) -> str | None:
+    """Address of the one that Ray Train would go on from; None before there is one."""
     kept = storage.join(folder, CHECKPOINT_MANAGER_SNAPSHOT_FILENAME)
     last = None
     if storage.exists(kept):
@@ -136,6 +136,7 @@ def execute(
     job: str,
     lineage: Lineage,
     make_task: Callable[[str, str], TrainingTask],
+    tags: Mapping[str, str] | None = None,
 ) -> JobResult:
     """Train on the cluster under one MLflow run, and log what came out.
 
@@ -146,9 +147,11 @@ def execute(
         job: Name of the job.
         lineage: Of the run; its MLflow run has it as tags.
         make_task: (tracking URI, run id) -> task.
+        tags: Of its MLflow run, beside those.
     """
     store = connect_store(run.tracking, embedded_root(run.storage_uri))
-    tracked = open_run(store, run.name, job=job, config=config, tags=lineage, resume=True)
+    tags = {**lineage, **(tags or {})}
+    tracked = open_run(store, run.name, job=job, config=config, tags=tags, resume=True)
     task = make_task(store.uri, tracked.run_id)
     kept = storage.join(task.folder_uri, IDENTITY)
     storage.write_bytes(kept, identity(config, lineage).encode())

@@ -28,13 +28,50 @@ _PARTS = 10
 
 
 def measure(task: TrainingTask, checkpoint: Checkpoint) -> dict[str, float]:
-    """FID of a checkpoint's average at each step count, with its standard error.
-
-    Also into MLflow, at its images, and as a file of the run's folder (see `measured`).
+    """Distances of a checkpoint, see `distances`; also into MLflow, and as a file (`measured`).
 
     Args:
         task: Whose checkpoint it is; it has a `validation`.
         checkpoint: In the run's folder.
+    """
+    # Ray's address of it lacks the scheme of the store.
+    uri = storage.join(task.folder_uri, Path(checkpoint.path).name)
+    images_seen, found = distances(task, uri)
+    if task.run_id is not None:
+        spool = Path(tempfile.gettempdir(), "facm_metrics", f"{task.run_id}-validation.jsonl")
+        sender = MetricSender(task.tracking_uri, task.run_id, spool)
+        sender.send(found, images_seen)
+        sender.close()
+    kept = json.dumps({"images_seen": images_seen, **found}, indent=2) + "\n"
+    file = storage.join(task.folder_uri, VALIDATION, f"{images_seen:012d}.json")
+    storage.write_bytes(file, kept.encode())
+    return found
+
+
+def measured(folder_uri: str, skip: int = 0) -> list[dict[str, float]]:
+    """What `measure` found of a run's checkpoints, in the order of their ``images_seen``.
+
+    Args:
+        folder_uri: The run's.
+        skip: So many are known already.
+    """
+    folder = storage.join(folder_uri, VALIDATION)
+    names = sorted(name for name in storage.list_files(folder) if name.endswith(".json"))
+    return [json.loads(storage.read_text(storage.join(folder, name))) for name in names[skip:]]
+
+
+def distances(
+    task: TrainingTask, checkpoint_uri: str, sigma_rel: float | None = None
+) -> tuple[int, dict[str, float]]:
+    """FID of a checkpoint's average at each step count, each with its standard error.
+
+    Args:
+        task: Whose checkpoint it is; it has a `validation`.
+        checkpoint_uri: Its folder.
+        sigma_rel: Width of the average, see `export`.
+
+    Returns:
+        The images seen, and the metrics.
     """
     config, stream = task.validation, task.stream
     assert config is not None
@@ -57,29 +94,18 @@ def measure(task: TrainingTask, checkpoint: Checkpoint) -> dict[str, float]:
         device="cuda" if config.gpu else "cpu",
     )
     evaluator = Evaluator(workload)
-    folder_uri = storage.join(task.folder_uri, VALIDATION)
-    reference_uri = config.reference_uri or folder_uri
-    reference = _reference(evaluator, storage.join(reference_uri, f"{protocol.id}.safetensors"))
+    kept = config.reference_uri or storage.join(task.folder_uri, VALIDATION)
+    reference = _reference(evaluator, storage.join(kept, f"{protocol.id}.safetensors"))
     edges = [config.samples * part // _PARTS for part in range(_PARTS + 1)]
     found: dict[str, float] = {}
     with tempfile.TemporaryDirectory(prefix="facm-validation-") as folder:
         student = str(Path(folder, "student"))
-        # Ray's address of it lacks the scheme of the store.
-        exported = export(storage.join(task.folder_uri, Path(checkpoint.path).name), student)
+        exported = export(checkpoint_uri, student, sigma_rel)
         for steps in config.nfe:
             blocks = [evaluator.block(student, steps, *edge) for edge in pairwise(edges)]
-            parts = [block.statistics for block in blocks]
-            fid, error = distance_with_error(parts, reference)
+            fid, error = distance_with_error([block.statistics for block in blocks], reference)
             found |= {fid_name(steps): fid, error_name(steps): error}
-    images_seen = int(exported.metrics["images_seen"])
-    if task.run_id is not None:
-        spool = Path(tempfile.gettempdir(), "facm_metrics", f"{task.run_id}-validation.jsonl")
-        sender = MetricSender(task.tracking_uri, task.run_id, spool)
-        sender.send(found, images_seen)
-        sender.close()
-    kept = json.dumps({"images_seen": images_seen, **found}, indent=2) + "\n"
-    storage.write_bytes(storage.join(folder_uri, f"{images_seen:012d}.json"), kept.encode())
-    return found
+    return int(exported.metrics["images_seen"]), found
 
 
 def _reference(evaluator: Evaluator, kept: str) -> FrechetStatistics:
@@ -89,10 +115,3 @@ def _reference(evaluator: Evaluator, kept: str) -> FrechetStatistics:
     statistics = evaluator.reference().statistics
     storage.write_bytes(kept, safetensors.torch.save(statistics.state_dict()))
     return statistics
-
-
-def measured(folder_uri: str) -> list[dict[str, float]]:
-    """What `measure` found of a run's checkpoints, in the order of their ``images_seen``."""
-    folder = storage.join(folder_uri, VALIDATION)
-    names = sorted(name for name in storage.list_files(folder) if name.endswith(".json"))
-    return [json.loads(storage.read_text(storage.join(folder, name))) for name in names]

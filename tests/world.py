@@ -1,11 +1,9 @@
-"""A small world to evaluate in: the digits, fitted features, a teacher and a student."""
+"""A small world to evaluate and to search in: digits, fitted features, a teacher and a student."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-
-import pytest
 
 from facm_platform.evaluation.features import FeaturesInfo, save_features
 from facm_platform.evaluation.fit import fit
@@ -49,10 +47,8 @@ class World:
         ]
 
 
-@pytest.fixture(scope="session")
-def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    """Digits, features (fitted for five epochs), a teacher and its student, both random."""
-    folder = tmp_path_factory.mktemp("world")
+def write_world(folder: Path) -> World:
+    """Features are fitted for five epochs, teacher and student random."""
     manifest = write_digits(folder / "digits")
     info = FeaturesInfo(
         name="digits",

@@ -1,0 +1,72 @@
+"""Successive halving that is not misled by the noise of a measurement."""
+
+from __future__ import annotations
+
+import copy
+from types import SimpleNamespace
+from typing import Any, cast
+
+from ray.tune.experiment import Trial as TuneTrial
+from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, TrialScheduler
+
+from facm_platform.search.config import SearchConfig
+from facm_platform.search.records import Record
+from facm_platform.search.trial import FAILED, FINISHED, IMAGES
+
+
+def scheduler_of(config: SearchConfig) -> TrialScheduler:
+    """The one that `config.stopping` describes."""
+    if config.stopping.kind == "none":
+        return FIFOScheduler()  # type: ignore[no-untyped-call]
+    return Halving(config)
+
+
+class Halving(AsyncHyperBandScheduler):
+    """Ray Tune's ASHA, which stops a trial only if a slightly better one would be stopped too.
+
+    Slightly: by `z` standard errors of its distance.
+    """
+
+    def __init__(self, config: SearchConfig) -> None:
+        stopping = config.stopping
+        super().__init__(
+            time_attr=IMAGES,
+            metric=config.objective,
+            mode="min",
+            # The end of a trial is no rung.
+            max_t=max(config.budget.images - 1, stopping.first_images),
+            grace_period=stopping.first_images,
+            reduction_factor=stopping.reduction_factor,
+            brackets=stopping.brackets if stopping.kind == "hyperband" else 1,
+            stop_last_trials=False,
+        )
+        self._distance, self._error, self._z = config.objective, config.error, stopping.z
+
+    def on_trial_add(self, tune_controller: Any, trial: TuneTrial) -> None:
+        """Deal the trial out to a bracket, by its number: the same one when it is resumed."""
+        number = trial.config["trial"].number
+        self._trial_info[trial.trial_id] = self._brackets[number % len(self._brackets)]
+
+    def on_trial_result(
+        self, tune_controller: Any, trial: TuneTrial, result: dict[str, Any]
+    ) -> str:
+        """Stop or go on."""
+        if result.get(FINISHED) or result.get(FAILED):
+            return TrialScheduler.CONTINUE
+        before = copy.deepcopy(self._trial_info[trial.trial_id])
+        decision: str = super().on_trial_result(tune_controller, trial, result)
+        if decision != TrialScheduler.STOP:
+            return decision
+        lowest = result[self._distance] - self._z * result[self._error]
+        return before.on_result(trial, result[IMAGES], -lowest)
+
+    def replay(self, record: Record) -> None:
+        """Put a trial that has ended on the rungs that it was on."""
+        bracket = self._brackets[record.number % len(self._brackets)]
+        for one in record.measured:
+            bracket.on_result(_named(record.name), int(one[IMAGES]), -one[self._distance])
+
+
+def _named(name: str) -> TuneTrial:
+    """As much of a trial as a bracket asks for."""
+    return cast(TuneTrial, SimpleNamespace(trial_id=name))
