@@ -15,18 +15,21 @@ from tests.jobs.conftest import command, environment
 
 
 class Driver:
-    """A distillation as a process of its own, whose progress is read from what it prints.
+    """A job that distills, as a process of its own; its progress is read from what it prints.
 
     Args:
-        arguments: Of jobs/distill.py.
+        arguments: Of the job.
         address: Of its Ray cluster.
         folder: Where it runs.
+        job: Which one.
     """
 
-    def __init__(self, arguments: list[str], address: str, folder: Path) -> None:
+    def __init__(
+        self, arguments: list[str], address: str, folder: Path, job: str = "distill"
+    ) -> None:
         self.output = ""
         self.process = subprocess.Popen(
-            command("distill", *arguments),
+            command(job, *arguments),
             cwd=folder,
             env=environment() | {"RAY_ADDRESS": address},
             stdout=subprocess.PIPE,

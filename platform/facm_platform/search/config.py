@@ -8,7 +8,7 @@ from typing import Any
 
 from facm_core.errors import require, require_one_of
 from facm_platform.config.sections import RunConfig
-from facm_platform.training.config import ValidationConfig, error_name, fid_name
+from facm_platform.training.config import ValidationConfig, WorkersConfig, error_name, fid_name
 
 GRID, NSGA2 = "grid", "nsga2"
 _KINDS = ("tpe", NSGA2, "random", GRID)
@@ -126,6 +126,7 @@ class SearchConfig:
         run: Name and place of the search, below which its trials have their own folders.
         resume: Go on with the search of this name; else the name must be new.
         recipe: Of jobs/distill.py, which trials vary: a file of jobs/recipes, or a path.
+        workers: Of every run, in place of the recipe's. None: the recipe's.
         space: What they vary; see `facm_platform.search.space`.
         objectives: What is to be small: one or two of ``fid_nfe1``, ``fid_nfe2``, ... The first one
             decides who is stopped and who is best.
@@ -141,6 +142,7 @@ class SearchConfig:
     run: RunConfig
     resume: bool = False
     recipe: str
+    workers: WorkersConfig | None = None
     space: dict[str, Any]
     objectives: tuple[str, ...] = ("fid_nfe1",)
     validation: ValidationConfig

@@ -307,7 +307,8 @@ def _varied(config: SearchConfig, values: Values) -> distill.DistillConfig:
     )
     reference = storage.join(storage.absolute(config.run.storage_uri), config.run.name, "reference")
     validation = replace(config.validation, reference_uri=reference)
-    return replace(given, train=train, validation=validation)
+    workers = config.workers or given.workers
+    return replace(given, train=train, workers=workers, validation=validation)
 
 
 def _check_values(

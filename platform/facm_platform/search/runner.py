@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import tempfile
 import time
@@ -111,6 +112,8 @@ def run_trials(
         "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # a trial that fails reports no metric
         "RAY_AIR_NEW_OUTPUT": "0",  # tables: what there is to say, `changed` says
     }
+    # It misses those files.
+    logging.getLogger("ray.tune").setLevel(logging.ERROR)
     ledger = _Ledger(proposals, records, changed)
     with tempfile.TemporaryDirectory(prefix="facm-search-") as folder:
         tuner = tune.Tuner(
@@ -167,6 +170,12 @@ class _Feed(Searcher):
 
     def on_trial_complete(self, *_: Any, **__: Any) -> None:
         """The ledger tells the proposals."""
+
+    def save(self, checkpoint_path: str) -> None:
+        """The records are what is kept."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        """From them."""
 
 
 class _Ledger(tune.Callback):
