@@ -1,7 +1,14 @@
 """Recipes, overrides and the command line shared by every job."""
 
 from facm_platform.config.job import JobResult, Refused, report, run_job
-from facm_platform.config.loader import as_dict, as_yaml, config_hash, find_recipe, load_config
+from facm_platform.config.loader import (
+    as_dict,
+    as_yaml,
+    config_hash,
+    find_recipe,
+    load_config,
+    revised,
+)
 
 __all__ = [
     "JobResult",
@@ -12,5 +19,6 @@ __all__ = [
     "find_recipe",
     "load_config",
     "report",
+    "revised",
     "run_job",
 ]

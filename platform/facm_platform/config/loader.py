@@ -12,7 +12,7 @@ import hashlib
 import json
 import types
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -51,6 +51,19 @@ def load_config(
     for missing in sorted(OmegaConf.missing_keys(config)):
         raise InvalidInputError(missing, "", "no value was given", f"Add {missing}=VALUE")
     return _build(schema, OmegaConf.to_container(config, resolve=True), path="")
+
+
+def revised(config: T, values: Mapping[str, Any]) -> T:
+    """`config` with other values, by dotted key.
+
+    Raises:
+        InvalidInputError: as `load_config`.
+    """
+    schema = type(config)
+    node = _merge(schema, _node(schema), as_dict(config))
+    for key, value in values.items():
+        node = _merge(schema, node, _parse_override(f"{key}={json.dumps(value)}"))
+    return _build(schema, OmegaConf.to_container(node, resolve=True), path="")
 
 
 def find_recipe(recipe: str, recipes: Path = RECIPES) -> Path:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any, cast
 
 from facm_core.errors import InvalidInputError, require
 from facm_core.models import LightningDiTConfig
 from facm_core.objectives import FACMConfig, MeanFlowConfig, SCMConfig
-from facm_platform.config import JobResult, config_hash
+from facm_platform.config import JobResult, config_hash, revised
 from facm_platform.config.sections import DataConfig, RunConfig
 from facm_platform.evaluation.config import check_measure
 from facm_platform.evaluation.features import load_features
@@ -23,7 +24,7 @@ from facm_platform.training.run import (
     memory_estimate,
     open_data,
 )
-from facm_platform.training.task import TrainingTask
+from facm_platform.training.task import Stage, TrainingTask
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +40,7 @@ class TeacherConfig:
 
 JOB = "distill"
 _NAMES = {FACMConfig: "facm", MeanFlowConfig: "mean_flow", SCMConfig: "scm"}
+_CHANGING = ("train.learning_rate", "train.max_grad_norm")
 _SECTIONS = ("objective", "mean_flow", "scm")
 
 
@@ -54,6 +56,10 @@ class DistillConfig:
         mean_flow: MeanFlow in its place, for comparison.
         scm: sCM in its place, for comparison.
         train: Optimisation.
+        stages: Values that change on the way: mappings of ``from_images``, in ascending order, and
+            of what is in force from then on, ``train.learning_rate``, ``train.max_grad_norm`` or
+            keys of the method's section (``objective.lambda_fm``), sCM's and all ``conditioning``
+            excepted.
         workers: Ray Train workers.
         validation: The FID of every checkpoint. None: it is not measured.
     """
@@ -65,6 +71,7 @@ class DistillConfig:
     mean_flow: MeanFlowConfig | None = None
     scm: SCMConfig | None = None
     train: TrainConfig
+    stages: tuple[Any, ...] = ()
     workers: WorkersConfig = field(default_factory=WorkersConfig)
     validation: ValidationConfig | None = None
 
@@ -83,13 +90,62 @@ class DistillConfig:
     @property
     def method(self) -> FACMConfig | MeanFlowConfig | SCMConfig:
         """The one that is given."""
-        (method,) = filter(None, (getattr(self, name) for name in _SECTIONS))
-        return method
+        return cast(FACMConfig | MeanFlowConfig | SCMConfig, getattr(self, self.section))
+
+    @property
+    def section(self) -> str:
+        """Its name in the recipe."""
+        return next(name for name in _SECTIONS if getattr(self, name) is not None)
+
+    def built_stages(self) -> tuple[Stage, ...]:
+        """The stages, each with all that is in force then.
+
+        Raises:
+            InvalidInputError: they are not in order, or change what cannot change.
+        """
+        config, built = replace(self, stages=()), list[Stage]()
+        for number, given in enumerate(self.stages):
+            values = dict(given) if isinstance(given, Mapping) else {}
+            start, before = values.pop("from_images", None), built[-1].from_images if built else 0
+            require(
+                isinstance(start, int) and start > before and bool(values),
+                f"stages.{number}",
+                given,
+                f"no mapping of from_images, above {before}, and of values",
+                "Use e.g. {from_images: 25600, objective.lambda_fm: 0.1}",
+            )
+            for key in values:
+                section, _, rest = key.partition(".")
+                varies = section == self.section != "scm" and rest != "conditioning"
+                require(
+                    varies or key in _CHANGING,
+                    f"stages.{number}",
+                    key,
+                    "it cannot change in mid-run",
+                    f"Use {' or '.join(_CHANGING)}, or a value of the method that may",
+                )
+            try:
+                config = revised(config, values)
+            except InvalidInputError as error:
+                raise error.inside(f"stages.{number}") from None
+            built.append(Stage(start, config.method, config.train))
+        return tuple(built)
 
 
 @dataclass(frozen=True)
 class DistillPlan:
-    """A validated distillation."""
+    """A validated distillation.
+
+    Attributes:
+        config: What was asked for.
+        folder_uri: Of the run.
+        data_uri: Of the latent set, absolute.
+        teacher_uri: The same.
+        manifest: Of the latent set.
+        teacher: The teacher.
+        validation: With absolute addresses.
+        start_uri: Checkpoint that the run begins with, of one that was the same so far.
+    """
 
     config: DistillConfig
     folder_uri: str
@@ -98,6 +154,7 @@ class DistillPlan:
     manifest: LatentManifest
     teacher: Artifact
     validation: ValidationConfig | None
+    start_uri: str | None = None
 
     @property
     def architecture(self) -> LightningDiTConfig:
@@ -166,11 +223,13 @@ class DistillPlan:
             stream=config.train.stream(self.data_uri, self.manifest),
             objective=method,
             train=config.train,
+            stages=config.built_stages(),
             teacher_uri=self.teacher_uri,
             artifact=artifact,
             tracking_uri=tracking_uri,
             run_id=run_id,
             validation=self.validation,
+            start_uri=self.start_uri,
         )
 
 
@@ -215,6 +274,7 @@ def _checked(config: ValidationConfig | None, manifest: LatentManifest) -> Valid
 def check_fit(config: DistillConfig, teacher: Artifact, manifest: LatentManifest) -> None:
     """Raise `InvalidInputError` unless workers, batches, teacher and data belong together."""
     check_batch(config.train, config.workers)
+    config.built_stages()
     architecture, method = teacher.config.architecture, config.method
     expanded = isinstance(method, FACMConfig) and method.conditioning == "expanded"
     size = architecture.input_size

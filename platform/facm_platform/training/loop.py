@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from facm_core.objectives import FACM, Draws, Objective
 from facm_platform.latents import Batch
 from facm_platform.latents.stream import dealt_to
 from facm_platform.registry import load_artifact, save_artifact
-from facm_platform.storage import join, upload_folder, write_bytes
+from facm_platform.storage import join, local_copy, upload_folder, write_bytes
 from facm_platform.tracking import MetricSender
 from facm_platform.training.checkpoint import StagedState, TrainState
 from facm_platform.training.context import WorkerContext
@@ -72,7 +72,7 @@ _KEPT_BATCHES = 20
 class _Trainer:
     def __init__(self, task: TrainingTask, context: WorkerContext) -> None:
         self.task, self.context, self.settings = task, context, task.train
-        self.objective = task.build_objective()
+        self.objective, self._method = task.build_objective(), task.objective
         self._sharding = Sharding(
             precision=self.settings.precision,
             replicas=self.settings.replicas,
@@ -111,7 +111,10 @@ class _Trainer:
 
     def _resume(self) -> bool:
         """Whether there was a checkpoint to take the state from."""
-        with self.context.last_checkpoint() as folder:
+        with ExitStack() as stack:
+            folder = stack.enter_context(self.context.last_checkpoint())
+            if folder is None and self.task.start_uri is not None:
+                folder = stack.enter_context(local_copy(self.task.start_uri))
             if folder is None:
                 return False
             try:
@@ -123,11 +126,12 @@ class _Trainer:
 
     def _train(self, sender: MetricSender | None) -> bool:
         """Train to the end; False if too many steps in a row were not finite."""
-        state, settings = self.state, self.settings
+        state, settings = self.state, self.task.train
         window, skipped_in_a_row = MetricWindow(), 0
         batches = self._batches()
         while (batch := self._next(batches, window)) is not None:
             self._moved("in a step")
+            self._enter_stage()
             draws = self._draws(batch)
             finite, notices = self._step(batch, draws, window)
             skipped_in_a_row = 0 if finite else skipped_in_a_row + 1
@@ -158,6 +162,17 @@ class _Trainer:
             if last:
                 break
         return True
+
+    def _enter_stage(self) -> None:
+        """What is in force now, of what changes on the way."""
+        stage = self.task.stage_at(self.state.images_seen)
+        self.settings = stage.train
+        if stage.objective != self._method:
+            self.objective, self._method = (
+                self.task.build_objective(stage.objective),
+                stage.objective,
+            )
+            self._anchor = None
 
     def _next(self, batches: Iterator[Batch], window: MetricWindow) -> Batch | None:
         """None at the end."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypeAlias
 
 from facm_core.objectives import (
     FACM,
@@ -20,6 +21,23 @@ from facm_platform.registry import ArtifactConfig
 from facm_platform.storage import join
 from facm_platform.training.config import TrainConfig, ValidationConfig
 
+Method: TypeAlias = FACMConfig | MeanFlowConfig | SCMConfig | FlowMatchingConfig
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What is in force from some count of images on.
+
+    Attributes:
+        from_images: That count.
+        objective: The loss.
+        train: Optimisation.
+    """
+
+    from_images: int
+    objective: Method
+    train: TrainConfig
+
 
 class Hopeless(Exception):
     """To try again would end the same way, as every rank knows; the argument is the reason."""
@@ -35,24 +53,28 @@ class TrainingTask:
         stream: Order of the data, one lane a worker.
         objective: The loss.
         train: Optimisation.
+        stages: What takes the place of both on the way, in order.
         teacher_uri: Artefact of the frozen teacher, which is also the student's start; None when
             training from scratch.
         artifact: Description of the model that will come out, its architecture included.
         tracking_uri: MLflow store.
         run_id: MLflow run that receives the metrics; None for none.
         validation: How checkpoints are measured; None for not at all.
+        start_uri: Checkpoint of another run, which this one begins with; None to begin anew.
     """
 
     job: str
     folder_uri: str
     stream: LatentStream
-    objective: FACMConfig | MeanFlowConfig | SCMConfig | FlowMatchingConfig
+    objective: Method
     train: TrainConfig
+    stages: tuple[Stage, ...] = ()
     teacher_uri: str | None
     artifact: ArtifactConfig
     tracking_uri: str
     run_id: str | None
     validation: ValidationConfig | None = None
+    start_uri: str | None = None
 
     @property
     def artifact_uri(self) -> str:
@@ -64,15 +86,20 @@ class TrainingTask:
         """Where the batches of skipped steps are kept."""
         return join(self.folder_uri, "skipped")
 
-    def build_objective(self) -> Objective:
-        """The loss described."""
+    def stage_at(self, images_seen: int) -> Stage:
+        """What is in force after so many images."""
+        begun = [stage for stage in self.stages if stage.from_images <= images_seen]
+        return begun[-1] if begun else Stage(0, self.objective, self.train)
+
+    def build_objective(self, method: Method | None = None) -> Objective:
+        """The loss described by `method`; by `objective` where that is None."""
         recompute = self.train.recompute
-        match self.objective:
-            case FACMConfig():
-                return FACM(self.objective, recompute=recompute)
-            case MeanFlowConfig():
-                return MeanFlow(self.objective, recompute=recompute)
-            case SCMConfig():
-                return SCM(self.objective, recompute=recompute)
-            case FlowMatchingConfig():
-                return FlowMatching(self.objective)
+        match method or self.objective:
+            case FACMConfig() as config:
+                return FACM(config, recompute=recompute)
+            case MeanFlowConfig() as config:
+                return MeanFlow(config, recompute=recompute)
+            case SCMConfig() as config:
+                return SCM(config, recompute=recompute)
+            case FlowMatchingConfig() as config:
+                return FlowMatching(config)
