@@ -183,6 +183,45 @@ def test_trials_that_fail_are_recorded_and_the_search_ends(site: SearchSite) -> 
         assert f"trial {one['number']} failed: {reason}" in report
 
 
+def test_what_a_population_finds_is_a_recipe(site: SearchSite) -> None:
+    driver = site.start(
+        "population",
+        space={
+            "objective": {"lambda_fm": {"log_uniform": [1e-3, 10]}},
+            "train": {"learning_rate": {"choice": [1e-4, 1e-3, 1e-2]}},
+        },
+        budget={"images": 64, "trials": 3},
+        algorithm={"kind": "pbt"},
+        stopping={"first_images": 16},
+        confirm={"sigma_rels": []},
+    )
+    driver.finish()
+    records = site.records("population")
+    assert [one["state"] for one in records] == ["finished"] * 3
+    changed = [one for one in records if "stages" in one["values"]]
+    assert changed
+    for one in changed:
+        counts = [stage["from_images"] for stage in one["values"]["stages"]]
+        assert counts == sorted(set(counts))
+        assert set(counts) <= {16, 32, 48}
+        assert len(one["runs"]) > 1
+
+    # Trained by it from the start, a student is as good to the last digit.
+    one = changed[0]
+    recipe = OmegaConf.load(site.folder / "recipe.yaml")
+    for key, value in one["values"].items():
+        OmegaConf.update(recipe, key, value)
+    validation = site.search["validation"]
+    length = {"images": 64, "checkpoint_images": 64}
+    run = {"name": "by-recipe", "storage_uri": str(site.folder / "runs")}
+    recipe = OmegaConf.merge(recipe, {"run": run, "train": length, "validation": validation})
+    file = site.folder / "by-recipe.yaml"
+    file.write_text(OmegaConf.to_yaml(recipe))
+    site.distill("--recipe", str(file)).finish()
+    (measured,) = (site.folder / "runs" / "by-recipe" / "validation").glob("0*.json")
+    assert json.loads(measured.read_text()) == one["measured"][-1]
+
+
 def site_worker(driver: Driver, trial: str) -> Iterator[Any]:
     import psutil
 

@@ -93,6 +93,7 @@ def planned(search: Search, root: Path, *overrides: str) -> SearchPlan:
         ({"algorithm": {"kind": "grid"}}, "algorithm.kind = 'grid': the space has ranges"),
         ({"algorithm": {"kind": "nsga2"}}, "algorithm.kind = 'nsga2': it is for two objectives"),
         ({"algorithm": {"kind": "bayes"}}, "algorithm.kind = 'bayes': unknown choice"),
+        ({"algorithm": {"kind": "pbt"}}, "stopping.kind = 'asha': pbt does not stop trials"),
         (
             {"space": {"objective": {"p": {"choice": [0.5, 1]}}}},
             "budget.trials = 6: the space has 2 different ones",
@@ -123,6 +124,29 @@ def test_two_objectives_are_not_stopped(world: World, tmp_path: Path) -> None:
         planned(search, tmp_path)
     search["stopping"]["kind"] = "none"
     assert planned(search, tmp_path).config.objectives == ("fid_nfe1", "fid_nfe2")
+
+
+@pytest.mark.parametrize(
+    ("space", "message"),
+    [
+        (SPACE, "space = ['objective.times']: a population learns of its best"),
+        (
+            {"train": {"global_batch_size": {"choice": [8, 16]}}},
+            "space.stages.0 = 'train.global_batch_size': it cannot change in mid-run",
+        ),
+    ],
+)
+def test_what_a_population_cannot_vary(
+    world: World, tmp_path: Path, space: Search, message: str
+) -> None:
+    search = given(world, tmp_path, space=space, algorithm={"kind": "pbt"})
+    search["stopping"]["kind"] = "none"
+    search["budget"]["trials"] = 2
+    with pytest.raises(InvalidInputError, match=re.escape(message)):
+        planned(search, tmp_path)
+    search["space"] = {"objective": {"p": {"uniform": [0.5, 1]}}}
+    config = planned(search, tmp_path).trial(0, {}, {"objective.p": 0.5}).plan.config
+    assert (config.train.checkpoint_images, config.train.keep_checkpoints) == (16, 80)
 
 
 def test_the_name_of_a_search(world: World, tmp_path: Path) -> None:

@@ -1,5 +1,11 @@
 """Model artefacts and the registered versions of a model."""
 
-from facm_platform.registry.artifact import Artifact, ArtifactConfig, load_artifact, save_artifact
+from facm_platform.registry.artifact import (
+    Artifact,
+    ArtifactConfig,
+    ArtifactInfo,
+    load_artifact,
+    save_artifact,
+)
 
-__all__ = ["Artifact", "ArtifactConfig", "load_artifact", "save_artifact"]
+__all__ = ["Artifact", "ArtifactConfig", "ArtifactInfo", "load_artifact", "save_artifact"]

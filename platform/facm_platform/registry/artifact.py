@@ -151,20 +151,34 @@ class ArtifactConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Artifact:
-    """A loaded artefact.
+class ArtifactInfo:
+    """An artefact, but for its weights.
 
     Attributes:
         uri: Where it lies, absolute.
-        model: In evaluation mode, float32, on the CPU, without gradients.
         config: What it is.
         sha256: Of its ``model.safetensors``.
     """
 
     uri: str
-    model: LightningDiT
     config: ArtifactConfig
     sha256: str
+
+
+@dataclass(frozen=True)
+class Artifact(ArtifactInfo):
+    """A loaded artefact.
+
+    Attributes:
+        model: In evaluation mode, float32, on the CPU, without gradients.
+    """
+
+    model: LightningDiT
+
+    @property
+    def info(self) -> ArtifactInfo:
+        """All of it but the weights, to be sent about."""
+        return ArtifactInfo(uri=self.uri, config=self.config, sha256=self.sha256)
 
 
 def save_artifact(

@@ -10,8 +10,8 @@ from facm_core.errors import require, require_one_of
 from facm_platform.config.sections import RunConfig
 from facm_platform.training.config import ValidationConfig, WorkersConfig, error_name, fid_name
 
-GRID, NSGA2 = "grid", "nsga2"
-_KINDS = ("tpe", NSGA2, "random", GRID)
+GRID, NSGA2, PBT = "grid", "nsga2", "pbt"
+_KINDS = ("tpe", NSGA2, "random", GRID, PBT)
 _STOPPING = ("asha", "hyperband", "none")
 
 
@@ -43,11 +43,15 @@ class BudgetConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class AlgorithmConfig:
-    """Who proposes trials; all but ``grid`` are Optuna's samplers.
+    """Who proposes trials.
 
     Attributes:
-        kind: ``tpe`` (tree-structured Parzen estimator, multivariate), ``nsga2`` (for two
-            objectives), ``random``, or ``grid``: all combinations of a space without ranges.
+        kind: Optuna's ``tpe`` (tree-structured Parzen estimator, multivariate), ``nsga2`` (for two
+            objectives) or ``random``; ``grid``: all combinations of a space without ranges; or
+            ``pbt``, population-based training: trials begin at random, side by side, and every
+            `stopping.first_images` the worse quarter goes on from the checkpoints of the better
+            one, with values that are a little different. What it finds is a schedule (``stages``
+            of a recipe).
         seed: Of its draws.
         startup_trials: So many are random before ``tpe`` has an opinion; the population of
             ``nsga2``.
@@ -193,6 +197,21 @@ class SearchConfig:
             "Use none",
         )
         stopping, budget = self.stopping, self.budget
+        population = self.algorithm.kind == PBT
+        require(
+            not population or stopping.kind == "none",
+            "stopping.kind",
+            stopping.kind,
+            "pbt does not stop trials, it gives them what better ones have learned",
+            "Use none",
+        )
+        require(
+            not population or (budget.trials or 2) > 1,
+            "budget.trials",
+            budget.trials,
+            "no population",
+            "Use 2 or more",
+        )
         require(
             stopping.first_images <= budget.images,
             "budget.images",
@@ -207,6 +226,12 @@ class SearchConfig:
             f"{self.algorithm.kind} proposes trials without end",
             "Say how many",
         )
+
+    @property
+    def checkpoint_images(self) -> int:
+        """Distance between the measurements of a trial."""
+        at_end_only = self.stopping.kind == "none" and self.algorithm.kind != PBT
+        return self.budget.images if at_end_only else self.stopping.first_images
 
     @property
     def objective(self) -> str:

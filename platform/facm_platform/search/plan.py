@@ -21,14 +21,14 @@ from facm_platform.cluster import connected
 from facm_platform.config import JobResult, Refused, as_dict, as_yaml, load_config
 from facm_platform.evaluation.config import check_measure
 from facm_platform.evaluation.features import load_features
-from facm_platform.search.config import GRID, SearchConfig
+from facm_platform.search.config import GRID, PBT, SearchConfig
 from facm_platform.search.findings import Confirmed, Findings
 from facm_platform.search.proposals import Listed, Proposals, Study
 from facm_platform.search.records import STOPPED, Record, Records
 from facm_platform.search.report import LEADERBOARD, REPORT, leaderboard, report_files
 from facm_platform.search.runner import Room, room_for, run_trials
+from facm_platform.search.schedulers import scheduler_of
 from facm_platform.search.space import Space, Values, parse
-from facm_platform.search.stopping import scheduler_of
 from facm_platform.search.trial import IMAGES, SPEED, Trial
 from facm_platform.tracking import (
     Run,
@@ -84,6 +84,10 @@ class SearchPlan:
     def trials(self) -> int:
         """How many are proposed."""
         return int(min(self.space.size, self.config.budget.trials or math.inf))
+
+    @property
+    def _population(self) -> bool:
+        return self.config.algorithm.kind == PBT
 
     @property
     def confirming_runs(self) -> int:
@@ -144,7 +148,8 @@ class SearchPlan:
     def trial(self, number: int, params: Mapping[str, Any], values: Values) -> Trial:
         """A trial of these values, which a chooser made of `params`."""
         name = f"{self.config.run.name}-{number:04d}"
-        return Trial(number, name, dict(params), values, self._plan(name, values))
+        varied = [d.key for d in self.space.dimensions] if self._population else []
+        return Trial(number, name, dict(params), values, self._plan(name, values), tuple(varied))
 
     def confirming(self, name: str, values: Values, number: int, seed: int) -> Trial:
         """A run of these values that is measured at its end alone, with more samples."""
@@ -166,7 +171,7 @@ class SearchPlan:
             plan.config,
             run=replace(run, name=f"{run.name}-winner"),
             data=replace(plan.config.data, uri=plan.data_uri),
-            teacher=distill.TeacherConfig(uri=plan.teacher_uri),
+            teacher=distill.TeacherConfig(uri=plan.teacher.uri),
             validation=replace(plan.validation, reference_uri=None),
         )
 
@@ -213,6 +218,7 @@ def prepare(config: SearchConfig) -> SearchPlan:
     space = parse(config.space)
     _check_space(config, space)
     base = distill.prepare(_base(config, folder_uri))
+    _check_population(config, space)
     for values in space.edges():
         _check_values(config, base, values, "space")
     for name, given in config.controls.items():
@@ -297,13 +303,14 @@ def _varied(config: SearchConfig, values: Values) -> distill.DistillConfig:
     overrides = [f"{key}={json.dumps(value)}" for key, value in values.items()]
     overrides.append(f"train.images={config.budget.images}")
     given = load_config(distill.DistillConfig, config.recipe, overrides)
-    stopping, images = config.stopping, config.budget.images
+    images = config.budget.images
     train = replace(
         given.train,
-        checkpoint_images=images if stopping.kind == "none" else stopping.first_images,
+        checkpoint_images=config.checkpoint_images,
         # From which averages of other widths are made.
         keep_averages=True,
-        keep_checkpoints=1,
+        # From any of them another trial may go on.
+        keep_checkpoints=images if config.algorithm.kind == PBT else 1,
     )
     reference = storage.join(storage.absolute(config.run.storage_uri), config.run.name, "reference")
     validation = replace(config.validation, reference_uri=reference)
@@ -318,6 +325,22 @@ def _check_values(
         distill.check_fit(_varied(config, values), base.teacher, base.manifest)
     except InvalidInputError as error:
         raise error.inside(field) from None
+
+
+def _check_population(config: SearchConfig, space: Space) -> None:
+    """Raise `InvalidInputError` unless all that varies may change on the way."""
+    if config.algorithm.kind != PBT:
+        return
+    problem = "a population learns of its best, which has no values of another alternative"
+    remedy = "Vary one of them, or use another algorithm"
+    alternatives = [choice.name for choice in space.alternatives]
+    require(not alternatives, "space", alternatives, problem, remedy)
+    ends = {d.key: d.ends[0] for d in space.dimensions}
+    stage = {"from_images": config.stopping.first_images, **ends}
+    try:
+        _varied(config, {"stages": [stage]}).built_stages()
+    except InvalidInputError as error:
+        raise error.inside("space") from None
 
 
 def _check_samples(config: SearchConfig, base: distill.DistillPlan) -> None:
@@ -376,7 +399,8 @@ class _Execution:
             list(self._trials),
             plan.trial,
         )
-        self._run(study, self._trials, scheduler_of(config), self._seconds_left())
+        self._check_population()
+        self._run(study, self._trials, scheduler_of(config, plan.space), self._seconds_left())
         finished = [record for record in self._trials if record.finished]
         if not finished:
             reasons = "; ".join(f"{r.name} {r.state} {r.reason}" for r in self._trials)
@@ -400,6 +424,16 @@ class _Execution:
             run_name=config.run.name,
             artifact_uri=plan.folder_uri,
             metrics=metrics,
+        )
+
+    def _check_population(self) -> None:
+        trials = self._plan.trials
+        require(
+            self._plan.config.algorithm.kind != PBT or trials <= self._at_once,
+            "budget.trials",
+            trials,
+            f"a population is trained side by side, and {self._at_once} trials fit at once",
+            "Use fewer, or a larger cluster",
         )
 
     def _run(
@@ -438,8 +472,9 @@ class _Execution:
         text = leaderboard(config, list(self._trials))
         storage.write_bytes(storage.join(self._plan.folder_uri, LEADERBOARD), text.encode())
         self._parent.log_text(text, LEADERBOARD)
-        if record.state == STOPPED:
-            run = find_run(self._parent.store, record.name, distill.JOB)
+        # Those that were left for another one, or stopped, still stand as running.
+        for name in record.runs if record.state == STOPPED else record.runs[:-1]:
+            run = find_run(self._parent.store, name, distill.JOB)
             if run is not None:
                 run.finish("KILLED")
 
@@ -467,7 +502,8 @@ class _Execution:
         if storage.exists(kept):
             return {float(w): d for w, d in json.loads(storage.read_text(kept)).items()}
         plan = self._plan.trial(record.number, record.params, record.values).plan
-        checkpoint, needs = last_checkpoint(plan.folder_uri), config.validation
+        folder_uri = storage.join(plan.config.run.storage_uri, record.runs[-1])
+        checkpoint, needs = last_checkpoint(folder_uri), config.validation
         assert checkpoint is not None
         remote: Any = ray.remote(num_cpus=needs.cpus, num_gpus=int(needs.gpu))(distances)
         task, widths = plan.task("", ""), config.confirm.sigma_rels

@@ -155,8 +155,7 @@ class _Scale:
 
     @classmethod
     def of(cls, dimension: Dimension) -> _Scale:
-        log = "logarithm" in dimension.describe
-        return cls(dimension.name, dimension.key, dimension.ends, log)
+        return cls(dimension.name, dimension.key, dimension.ends, dimension.log)
 
     def place(self, record: Record) -> float:
         if self._name not in record.params:

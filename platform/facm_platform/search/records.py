@@ -27,6 +27,8 @@ class Record:
         measured: Its metrics at each of its checkpoints, with their ``images_seen``.
         seconds: That it took, over all attempts.
         images_per_second: In training; None before its end.
+        place: Of its latest measurement, see `facm_platform.search.trial.Place`.
+        runs: Names of its runs: one, and one more for each time that it went on from another.
     """
 
     number: int
@@ -38,6 +40,8 @@ class Record:
     measured: list[dict[str, float]] = field(default_factory=list)
     seconds: float = 0.0
     images_per_second: float | None = None
+    place: dict[str, Any] | None = None
+    runs: list[str] = field(default_factory=list)
 
     @property
     def ended(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import tempfile
@@ -20,10 +21,10 @@ from facm_core.errors import InvalidInputError
 from facm_platform.latents.source import READ_TASK_CPUS
 from facm_platform.search.proposals import Proposals
 from facm_platform.search.records import FAILED, FINISHED, RUNNING, STOPPED, Record, Records
-from facm_platform.search.stopping import Halving
+from facm_platform.search.schedulers import Halving
 from facm_platform.search.trial import FAILED as TOLD_FAILED
 from facm_platform.search.trial import FINISHED as TOLD_FINISHED
-from facm_platform.search.trial import IMAGES, SPEED, Trial, run_trial
+from facm_platform.search.trial import IMAGES, PLACE, SPEED, VALUES, Place, Trial, run_trial
 from facm_platform.training.config import ValidationConfig, WorkersConfig
 
 # A trial's driver waits. It needs to be something, though: Tune does not schedule what is free.
@@ -114,17 +115,19 @@ def run_trials(
     }
     # It misses those files.
     logging.getLogger("ray.tune").setLevel(logging.ERROR)
-    ledger = _Ledger(proposals, records, changed)
+    feed = _Feed(proposals, records, scheduler, tags)
+    ledger = _Ledger(feed, proposals, records, changed)
     with tempfile.TemporaryDirectory(prefix="facm-search-") as folder:
         tuner = tune.Tuner(
             tune.with_resources(run_trial, {"CPU": _DRIVER_CPUS}),
             tune_config=tune.TuneConfig(
-                search_alg=_Feed(proposals, records, scheduler, tags),
+                search_alg=feed,
                 scheduler=scheduler,
                 num_samples=_WITHOUT_END,
                 max_concurrent_trials=at_once,
                 time_budget_s=seconds,
-                trial_dirname_creator=lambda trial: _trial_of(trial).name,
+                trial_name_creator=lambda trial: feed.trials[trial.trial_id].name,
+                trial_dirname_creator=lambda trial: feed.trials[trial.trial_id].name,
             ),
             run_config=tune.RunConfig(
                 name="trials", storage_path=folder, callbacks=[ledger], verbose=0
@@ -134,13 +137,12 @@ def run_trials(
     ledger.close()
 
 
-def _trial_of(trial: TuneTrial) -> Trial:
-    found: Trial = trial.config["trial"]
-    return found
-
-
 class _Feed(Searcher):
-    """Gives Tune the proposals of which no record says that they have ended."""
+    """Gives Tune the proposals of which no record says that they have ended.
+
+    Attributes:
+        trials: What it gave, by Tune's names.
+    """
 
     def __init__(
         self,
@@ -152,6 +154,7 @@ class _Feed(Searcher):
         super().__init__()
         self._proposals, self._records, self._scheduler = proposals, records, scheduler
         self._tags = tags
+        self.trials: dict[str, Trial] = {}
 
     def set_search_properties(self, *_: Any, **__: Any) -> bool:
         """They are those of the search."""
@@ -162,7 +165,11 @@ class _Feed(Searcher):
         while (trial := self._proposals.next()) is not None:
             record = self._records.get(trial.name)
             if record is None or not record.ended:
-                return {"trial": trial, "tags": self._tags}
+                self.trials[trial_id] = trial
+                place = record and record.place
+                now = place["values"] if place else trial.values
+                values = {key: now[key] for key in trial.varied}
+                return {"trial": trial, "tags": self._tags, VALUES: values, "place": place}
             if isinstance(self._scheduler, Halving):
                 self._scheduler.replay(record)
             self._proposals.ended(record)
@@ -182,23 +189,27 @@ class _Ledger(tune.Callback):
     """Records what becomes of each trial."""
 
     def __init__(
-        self, proposals: Proposals, records: Records, changed: Callable[[Record], None]
+        self,
+        feed: _Feed,
+        proposals: Proposals,
+        records: Records,
+        changed: Callable[[Record], None],
     ) -> None:
-        self._proposals, self._records, self._changed = proposals, records, changed
+        self._feed, self._proposals = feed, proposals
+        self._records, self._changed = records, changed
         self._started: dict[str, float] = {}
 
     def on_trial_start(self, iteration: int, trials: Any, trial: TuneTrial, **_: Any) -> None:
-        """A trial begins, or goes on: then it tells again what was measured."""
-        begun = _trial_of(trial)
-        known = self._records.get(begun.name)
-        record = Record(
+        """A trial begins, or goes on."""
+        begun = self._feed.trials[trial.trial_id]
+        record = self._records.get(begun.name) or Record(
             number=begun.number,
             name=begun.name,
             params=begun.params,
             values=begun.values,
-            seconds=known.seconds if known else 0.0,
+            runs=[begun.name],
         )
-        self._started[record.name] = time.monotonic() - record.seconds
+        self._started.setdefault(record.name, time.monotonic() - record.seconds)
         self._keep(record)
 
     def on_trial_result(
@@ -208,12 +219,19 @@ class _Ledger(tune.Callback):
         record = self._record(trial)
         if TOLD_FAILED in result:
             record.state, record.reason = FAILED, str(result[TOLD_FAILED])
-        else:
-            known = [IMAGES, *(name for name in result if name.startswith("fid_"))]
-            record.measured.append({name: float(result[name]) for name in known})
+            return
+        known = [IMAGES, *(name for name in result if name.startswith("fid_"))]
+        # One that goes on tells again what was measured since.
+        before = [one for one in record.measured if one[IMAGES] < result[IMAGES]]
+        record.measured = [*before, {name: float(result[name]) for name in known}]
+        record.place = json.loads(result[PLACE])
+        place = Place(**record.place)
+        record.values = place.recipe
+        record.runs = list(dict.fromkeys([*record.runs, place.run]))
         if TOLD_FINISHED in result:
             record.state, record.images_per_second = FINISHED, float(result[SPEED])
-        self._keep(record)
+        else:
+            self._keep(record)
 
     def on_trial_complete(self, iteration: int, trials: Any, trial: TuneTrial, **_: Any) -> None:
         """It has ended, or was stopped."""
@@ -237,7 +255,7 @@ class _Ledger(tune.Callback):
             self._ended(record)
 
     def _record(self, trial: TuneTrial) -> Record:
-        record = self._records.get(_trial_of(trial).name)
+        record = self._records.get(self._feed.trials[trial.trial_id].name)
         assert record is not None
         return record
 

@@ -59,6 +59,7 @@ class Dimension:
         draw: Asks for one.
         ends: Its first and its last value; all of them where these are single ones.
         drawn: All that a chooser may answer; None for numbers of a range.
+        log: Whether the logarithms of those are equally likely.
     """
 
     name: str
@@ -67,6 +68,7 @@ class Dimension:
     draw: Callable[[Chooser], Any]
     ends: tuple[Any, ...]
     drawn: Sequence[Any] | None
+    log: bool = False
 
 
 @dataclass(frozen=True)
@@ -216,7 +218,7 @@ def _range(log: bool, given: Any, key: str, name: str) -> Dimension:
         return chooser.suggest_float(name, low, high, log=log)
 
     words = f"{low:g} to {high:g}{', by logarithm' if log else ''}"
-    return Dimension(name, key, words, draw, (low, high), None)
+    return Dimension(name, key, words, draw, (low, high), None, log)
 
 
 def _integer(given: Any, key: str, name: str) -> Dimension:

@@ -14,7 +14,7 @@ from facm_platform.config.sections import DataConfig, RunConfig
 from facm_platform.evaluation.config import check_measure
 from facm_platform.evaluation.features import load_features
 from facm_platform.latents import LatentManifest
-from facm_platform.registry import Artifact, load_artifact
+from facm_platform.registry import ArtifactInfo, load_artifact
 from facm_platform.storage import absolute
 from facm_platform.training.config import TrainConfig, ValidationConfig, WorkersConfig
 from facm_platform.training.run import (
@@ -140,7 +140,6 @@ class DistillPlan:
         config: What was asked for.
         folder_uri: Of the run.
         data_uri: Of the latent set, absolute.
-        teacher_uri: The same.
         manifest: Of the latent set.
         teacher: The teacher.
         validation: With absolute addresses.
@@ -150,9 +149,8 @@ class DistillPlan:
     config: DistillConfig
     folder_uri: str
     data_uri: str
-    teacher_uri: str
     manifest: LatentManifest
-    teacher: Artifact
+    teacher: ArtifactInfo
     validation: ValidationConfig | None
     start_uri: str | None = None
 
@@ -175,7 +173,7 @@ class DistillPlan:
             f"distill {config.run.name}: {train.total_images:,} images in batches of "
             f"{train.global_batch_size} on {config.workers.max} workers, from {self.data_uri} "
             f"({self.manifest.rows:,} rows) to {self.folder_uri}\n"
-            f"teacher: {self.teacher_uri} (sha256 {self.teacher.sha256})\n"
+            f"teacher: {self.teacher.uri} (sha256 {self.teacher.sha256})\n"
             + memory_estimate(self.architecture, train, config.workers, distill=True)
         )
 
@@ -224,7 +222,7 @@ class DistillPlan:
             objective=method,
             train=config.train,
             stages=config.built_stages(),
-            teacher_uri=self.teacher_uri,
+            teacher_uri=self.teacher.uri,
             artifact=artifact,
             tracking_uri=tracking_uri,
             run_id=run_id,
@@ -241,15 +239,14 @@ def prepare(config: DistillConfig) -> DistillPlan:
             or teacher, data and conditioning that do not belong together.
     """
     data_uri, manifest = open_data(config.data)
-    teacher_uri = absolute(config.teacher.uri, "teacher.uri")
-    teacher = load_artifact(teacher_uri, "teacher.uri")
+    teacher = load_artifact(config.teacher.uri, "teacher.uri").info
     check_fit(config, teacher, manifest)
     folder_uri = check_run(config.run, config, lineage(manifest, teacher))
     validation = _checked(config.validation, manifest)
-    return DistillPlan(config, folder_uri, data_uri, teacher_uri, manifest, teacher, validation)
+    return DistillPlan(config, folder_uri, data_uri, manifest, teacher, validation)
 
 
-def lineage(manifest: LatentManifest, teacher: Artifact) -> dict[str, str]:
+def lineage(manifest: LatentManifest, teacher: ArtifactInfo) -> dict[str, str]:
     """What a student is made from."""
     return {"manifest_sha256": manifest.sha256, "teacher_sha256": teacher.sha256}
 
@@ -271,7 +268,7 @@ def _checked(config: ValidationConfig | None, manifest: LatentManifest) -> Valid
     )
 
 
-def check_fit(config: DistillConfig, teacher: Artifact, manifest: LatentManifest) -> None:
+def check_fit(config: DistillConfig, teacher: ArtifactInfo, manifest: LatentManifest) -> None:
     """Raise `InvalidInputError` unless workers, batches, teacher and data belong together."""
     check_batch(config.train, config.workers)
     config.built_stages()

@@ -9,11 +9,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from ray.tune.schedulers import TrialScheduler
+from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 
-from facm_platform.search.config import StoppingConfig
+from facm_platform.search.config import AlgorithmConfig, StoppingConfig
 from facm_platform.search.records import Record
-from facm_platform.search.stopping import Halving
+from facm_platform.search.schedulers import Halving, Population, scheduler_of
+from facm_platform.search.space import parse
 from tests.search.conftest import make_config
 
 CONTINUE, STOP = TrialScheduler.CONTINUE, TrialScheduler.STOP
@@ -87,6 +88,45 @@ def test_brackets_have_later_first_rungs(tmp_path: Path) -> None:
     assert decide(scheduler, 0, 1.0) == CONTINUE
     assert decide(scheduler, 1, 9.0) == CONTINUE
     assert decide(scheduler, 2, 9.0) == STOP
+
+
+def test_a_population_stays_in_its_ranges(tmp_path: Path) -> None:
+    space = parse(
+        {
+            "objective": {"lambda_fm": {"log_uniform": [0.1, 10]}, "p": {"choice": [0.25, 0.5, 1]}},
+            "train": {"warmup_images": {"integer": [2, 4]}},
+        }
+    )
+    base = make_config(tmp_path)
+    config = replace(
+        base,
+        algorithm=AlgorithmConfig(kind="pbt"),
+        stopping=replace(base.stopping, kind="none"),
+    )
+    scheduler = scheduler_of(config, space)
+    assert isinstance(scheduler, Population)
+    weights, others = set[float](), set[tuple[float, int]]()
+    trial: Any = SimpleNamespace()
+    values = {"objective.lambda_fm": 9.0, "objective.p": 0.5, "train.warmup_images": 3}
+    trial.config = {"values": values, "trial": "kept"}
+    for _ in range(200):
+        changed, _ = scheduler._get_new_config(trial, trial)
+        got = changed["values"]
+        weights.add(got["objective.lambda_fm"])
+        others.add((got["objective.p"], got["train.warmup_images"]))
+        assert changed["trial"] == "kept"
+    assert min(weights) >= 0.1
+    # Times 1.2 would be beyond the end.
+    assert max(weights) == 10
+    assert 7.2 in {round(weight, 9) for weight in weights}
+    assert others == {(p, n) for p in (0.25, 0.5, 1) for n in (2, 3, 4)}
+
+
+def test_which_scheduler(tmp_path: Path) -> None:
+    config = make_config(tmp_path)
+    assert isinstance(scheduler_of(config, parse(config.space)), Halving)
+    config = replace(config, stopping=replace(config.stopping, kind="none"))
+    assert isinstance(scheduler_of(config, parse(config.space)), FIFOScheduler)
 
 
 def test_the_end_of_a_trial_is_no_rung(tmp_path: Path) -> None:

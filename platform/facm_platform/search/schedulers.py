@@ -1,21 +1,31 @@
-"""Successive halving that is not misled by the noise of a measurement."""
+"""Ray Tune's schedulers, fitted to trials: who stops, and who goes on from another's checkpoint."""
 
 from __future__ import annotations
 
 import copy
+import random
 from types import SimpleNamespace
 from typing import Any, cast
 
+from ray import tune
 from ray.tune.experiment import Trial as TuneTrial
-from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, TrialScheduler
+from ray.tune.schedulers import (
+    AsyncHyperBandScheduler,
+    FIFOScheduler,
+    PopulationBasedTraining,
+    TrialScheduler,
+)
 
-from facm_platform.search.config import SearchConfig
+from facm_platform.search.config import PBT, SearchConfig
 from facm_platform.search.records import Record
-from facm_platform.search.trial import FAILED, FINISHED, IMAGES
+from facm_platform.search.space import Dimension, Space
+from facm_platform.search.trial import FAILED, FINISHED, IMAGES, VALUES
 
 
-def scheduler_of(config: SearchConfig) -> TrialScheduler:
-    """The one that `config.stopping` describes."""
+def scheduler_of(config: SearchConfig, space: Space) -> TrialScheduler:
+    """The one that the search wants."""
+    if config.algorithm.kind == PBT:
+        return Population(config, space)
     if config.stopping.kind == "none":
         return FIFOScheduler()  # type: ignore[no-untyped-call]
     return Halving(config)
@@ -65,6 +75,51 @@ class Halving(AsyncHyperBandScheduler):
         bracket = self._brackets[record.number % len(self._brackets)]
         for one in record.measured:
             bracket.on_result(_named(record.name), int(one[IMAGES]), -one[self._distance])
+
+
+class Population(PopulationBasedTraining):
+    """Ray Tune's PBT; values stay in their ranges, and a trial that has ended goes on from nobody.
+
+    Args:
+        config: Of the search.
+        space: Of which every dimension may change on the way.
+    """
+
+    def __init__(self, config: SearchConfig, space: Space) -> None:
+        self._ranges = {d.key: d.ends for d in space.dimensions if d.drawn is None}
+        random.seed(config.algorithm.seed)  # whence it draws
+        super().__init__(
+            time_attr=IMAGES,
+            metric=config.objective,
+            mode="min",
+            perturbation_interval=config.stopping.first_images,
+            hyperparam_mutations={VALUES: {d.key: _domain(d) for d in space.dimensions}},
+            custom_explore_fn=self._within,
+            require_attrs=False,
+            log_config=False,
+        )
+
+    def on_trial_result(
+        self, tune_controller: Any, trial: TuneTrial, result: dict[str, Any]
+    ) -> str:
+        """Go on, or from another's checkpoint."""
+        if result.get(FINISHED) or result.get(FAILED):
+            return TrialScheduler.CONTINUE
+        return super().on_trial_result(tune_controller, trial, result)
+
+    def _within(self, config: dict[str, Any]) -> dict[str, Any]:
+        for key, (low, high) in self._ranges.items():
+            config[VALUES][key] = min(max(config[VALUES][key], low), high)
+        return config
+
+
+def _domain(dimension: Dimension) -> Any:
+    """Whence Tune draws anew; values of a list change to their neighbours."""
+    if dimension.drawn is None:
+        low, high = dimension.ends
+        return tune.loguniform(low, high) if dimension.log else tune.uniform(low, high)
+    ends = dimension.ends
+    return list(ends) if len(ends) == len(dimension.drawn) else list(dimension.drawn)
 
 
 def _named(name: str) -> TuneTrial:
