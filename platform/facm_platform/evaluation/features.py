@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from facm_core.errors import InvalidInputError, require
-from facm_platform.storage import absolute, join, local_copy, write_bytes
+from facm_platform.storage import absolute, join, node_copy, write_bytes
 
 WEIGHTS, DESCRIPTION = "features.safetensors", "features.json"
 
@@ -141,7 +141,7 @@ def load_features(uri: str, field: str = "features_uri") -> FeatureExtractor:
     """
     address = absolute(uri, field)
     try:
-        with local_copy(address) as folder:
+        with node_copy(address) as folder:
             values = json.loads((folder / DESCRIPTION).read_text())
             weights = (folder / WEIGHTS).read_bytes()
     except (FileNotFoundError, NotADirectoryError) as error:

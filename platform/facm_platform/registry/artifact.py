@@ -21,7 +21,7 @@ from torch import Tensor
 from facm_core.errors import InvalidInputError, require, require_one_of
 from facm_core.guidance import GuidanceConfig
 from facm_core.models import LightningDiT, LightningDiTConfig
-from facm_platform.storage import absolute, file_sha256, local_copy, output_file
+from facm_platform.storage import absolute, file_sha256, node_copy, output_file
 
 SCHEMA_VERSION = 1
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
@@ -224,7 +224,7 @@ def load_artifact(uri: str, field: str = "teacher.uri") -> Artifact:
     """
     address = absolute(uri, field)
     try:
-        with local_copy(address) as folder:
+        with node_copy(address) as folder:
             config, recorded = _read_config(folder / CONFIG, field, uri)
             if not (folder / WEIGHTS).is_file():
                 raise _not_an_artifact(field, uri, f"{WEIGHTS} is missing")

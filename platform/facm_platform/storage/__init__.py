@@ -18,7 +18,7 @@ from facm_platform.storage.files import (
     upload_file,
     write_bytes,
 )
-from facm_platform.storage.folders import local_copy, upload_folder
+from facm_platform.storage.folders import local_copy, node_copy, upload_folder
 from facm_platform.storage.listing import iter_files
 from facm_platform.storage.stores import check_reachable, filesystem
 from facm_platform.storage.uris import absolute, join
@@ -37,6 +37,7 @@ __all__ = [
     "join",
     "list_files",
     "local_copy",
+    "node_copy",
     "output_file",
     "read_bytes",
     "read_text",

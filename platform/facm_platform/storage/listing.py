@@ -61,6 +61,14 @@ def iter_names(uri: str, field: str = "uri") -> Iterator[str]:
                     yield found["Key"].removeprefix(prefix)
 
 
+def versions(uri: str) -> Iterator[tuple[str, str]]:
+    """Every object below the ``s3://`` address: name, and a tag that changes with its bytes."""
+    with explained(uri):
+        for prefix, page in _pages(uri, "uri"):
+            for found in page.get("Contents", ()):
+                yield found["Key"].removeprefix(prefix), found["ETag"]
+
+
 def _pages(uri: str, field: str, **options: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """The prefix of every key below `uri`, with each thousand of them."""
     bucket, key = bucket_and_key(uri, field)
