@@ -166,6 +166,9 @@ def test_nothing_is_lost(
 ) -> None:
     chance = random.Random(f"{kind} {seed}")
     name = f"{kind}-{seed}"
+    # Every other run stands still while a checkpoint is written; the weights are the same.
+    waits = seed % 2 == 1
+    option = f"train.async_checkpoints={not waits}".lower()
     moment = chance.randrange(BATCH, IMAGES - BATCH, BATCH)
     killed_at = 0
 
@@ -177,16 +180,16 @@ def test_nothing_is_lost(
     if kind == "upload":
         # There are four or more files of each of six checkpoints.
         drill.store.arm(chance.randrange(1, 24), kill)
-        driver = drill.start(name)
+        driver = drill.start(name, option)
         driver.wait_until(lambda: killed_at > 0)
     else:
-        driver = drill.start(name)
+        driver = drill.start(name, option)
         driver.wait_until(lambda: driver.images_seen >= moment)
         killed_at = driver.images_seen
         if kind == "driver":
             driver.process.kill()
             driver.process.wait()
-            driver = drill.start(name)
+            driver = drill.start(name, option)
         elif kind == "node":
             drill.lose_node()
             drill.add_node()
@@ -201,8 +204,8 @@ def test_nothing_is_lost(
     print(f"{name}: killed at {killed_at} images, resumed at {driver.resumed_at}: {lost} lost")
     assert last_line(driver.output)["run_name"] == name
     assert drill.weights(name) == undisturbed
-    # The last checkpoint may have been on its way.
-    assert lost <= 2 * INTERVAL
+    # One that is written while training goes on may have been on its way.
+    assert lost <= (1 if waits else 2) * INTERVAL
     checkpoints = drill.committed(name)
     assert len(checkpoints) == 3
     for checkpoint in checkpoints:

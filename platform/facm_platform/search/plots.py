@@ -133,16 +133,18 @@ def _parallel(findings: Findings) -> Figure | None:
     heights = spread / max(spread.max(), 1e-12)
     for index in np.argsort(-distances):
         record = told[index]
-        places = [scale.place(record) for scale in scales]
+        places = np.array([*(scale.place(record) for scale in scales), heights[index]])
+        has = np.flatnonzero(np.isfinite(places))
         colour = _COLOURS["stopped"] if not record.finished else str(0.75 * heights[index])
-        axes.plot([*places, heights[index]], color=colour, marker=".", lw=1.2)
+        axes.plot(has, places[has], color=colour, marker=".", lw=1.2)
     names = [scale.title() for scale in scales] + [
         f"{metric}\n{distances.min():.3g} (0) to {distances.max():.3g} (1)"
     ]
     axes.set_xticks(range(len(names)), names, fontsize=7)
     axes.set_yticks([])
     axes.set_title(
-        "trials (grey: stopped early); gaps are values that a trial does not have", fontsize=9
+        "trials (light: stopped early); a line has no dot where its trial has no such value",
+        fontsize=9,
     )
     return figure
 
