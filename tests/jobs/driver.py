@@ -72,3 +72,9 @@ class Driver:
     def finish(self) -> None:
         assert self.process.wait(timeout=400) == 0, self.output
         self._reader.join()
+
+    def end(self) -> None:
+        """SIGKILL, if it still runs."""
+        if self.process.poll() is None:
+            self.process.kill()
+            self.process.wait()

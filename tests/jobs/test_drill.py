@@ -122,9 +122,7 @@ class DrillSite:
 
     def stop(self) -> None:
         for driver in self.drivers:
-            if driver.process.poll() is None:
-                driver.process.kill()
-                driver.process.wait()
+            driver.end()
         self.cluster.shutdown()
         self.store.stop()
 
@@ -187,8 +185,7 @@ def test_nothing_is_lost(
         driver.wait_until(lambda: driver.images_seen >= moment)
         killed_at = driver.images_seen
         if kind == "driver":
-            driver.process.kill()
-            driver.process.wait()
+            driver.end()
             driver = drill.start(name, option)
         elif kind == "node":
             drill.lose_node()

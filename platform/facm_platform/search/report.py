@@ -137,7 +137,9 @@ def _importance(findings: Findings) -> str:
 
 def _failures(findings: Findings) -> str:
     failed = [record for record in findings.trials if record.state == FAILED]
-    return "\n".join(f"- trial {record.number} failed: {record.reason}" for record in failed)
+    # The first line: what follows is a stack.
+    reasons = {record.number: (record.reason.splitlines() or [""])[0] for record in failed}
+    return "\n".join(f"- trial {number} failed: {reason}" for number, reason in reasons.items())
 
 
 def _front(findings: Findings) -> str:
