@@ -102,7 +102,7 @@ class Findings:
         if len(finished) < 4:
             return {}
         evaluator = PedAnovaImportanceEvaluator()
-        warnings.filterwarnings("ignore", message="PedAnova.* to achieve low")  # which is wanted
+        warnings.filterwarnings("ignore", module="optuna")  # low values are wanted; few trials
         return get_param_importances(
             self.study, evaluator=evaluator, target=lambda trial: trial.values[0]
         )

@@ -7,7 +7,9 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
 from facm_platform.search.findings import Findings
 from facm_platform.search.records import Record
@@ -50,6 +52,7 @@ def _confirmed(findings: Findings) -> Figure:
     axes.invert_yaxis()
     axes.set_xlabel(f"{metric}, mean ± standard error; dots are seeds")
     axes.set_xscale("log")
+    _plain_numbers(axes.xaxis)
     return figure
 
 
@@ -68,6 +71,7 @@ def _trials(findings: Findings) -> Figure:
             axes.plot([], [], color=colour, marker="o", label=state)
     axes.legend(frameon=False)
     axes.set_yscale("log")
+    _plain_numbers(axes.yaxis)
     axes.set_xlabel("images seen")
     axes.set_ylabel(metric)
     return figure
@@ -213,6 +217,13 @@ def _figure(width: float, height: float) -> tuple[Figure, Axes]:
     axes = figure.subplots()
     axes.spines[["top", "right"]].set_visible(False)
     return figure, axes
+
+
+def _plain_numbers(axis: Axis) -> None:
+    """20 and 30, not powers of ten."""
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter("{x:g}")
+    axis.set_minor_locator(LogLocator(subs=(2, 3, 5)))
 
 
 def _png(figure: Figure) -> bytes:
