@@ -101,11 +101,14 @@ class Findings:
         finished = self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
         if len(finished) < 4:
             return {}
-        evaluator = PedAnovaImportanceEvaluator()
-        warnings.filterwarnings("ignore", module="optuna")  # low values are wanted; few trials
-        return get_param_importances(
-            self.study, evaluator=evaluator, target=lambda trial: trial.values[0]
-        )
+        with warnings.catch_warnings():
+            # That low values are wanted, and that some choices have few trials.
+            warnings.simplefilter("ignore")
+            return get_param_importances(
+                self.study,
+                evaluator=PedAnovaImportanceEvaluator(),
+                target=lambda trial: trial.values[0],
+            )
 
     def front(self) -> list[Record]:
         """Finished trials than which no other is better in every objective (Pareto)."""

@@ -113,15 +113,16 @@ class Study:
 
 def _sampler(algorithm: AlgorithmConfig, number: int) -> optuna.samplers.BaseSampler:
     seed = algorithm.seed * _STRIDE + number
-    warnings.simplefilter("ignore", ExperimentalWarning)  # says so of `group` for each trial
     if algorithm.kind == "tpe":
-        return optuna.samplers.TPESampler(
-            seed=seed,
-            n_startup_trials=algorithm.startup_trials,
-            multivariate=True,
-            group=True,  # conditional dimensions
-            constant_liar=True,  # trials run side by side
-        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ExperimentalWarning)  # of `group`
+            return optuna.samplers.TPESampler(
+                seed=seed,
+                n_startup_trials=algorithm.startup_trials,
+                multivariate=True,
+                group=True,  # conditional dimensions
+                constant_liar=True,  # trials run side by side
+            )
     if algorithm.kind == NSGA2:
         return optuna.samplers.NSGAIISampler(seed=seed, population_size=algorithm.startup_trials)
     return optuna.samplers.RandomSampler(seed=seed)
