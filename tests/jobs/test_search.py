@@ -15,6 +15,7 @@ from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 from omegaconf import OmegaConf
 from ray.cluster_utils import Cluster
 
+from facm_platform.search.report import gist
 from tests.jobs.conftest import last_line
 from tests.jobs.driver import Driver
 from tests.search.conftest import SPACE
@@ -168,10 +169,13 @@ def test_trials_that_fail_are_recorded_and_the_search_ends(site: SearchSite) -> 
     assert [one["values"]["train.learning_rate"] for one in records] == rates
     assert [one["state"] for one in records] == ["finished", "failed", "failed", "failed"]
     report = (site.folder / "runs" / "failing" / "report.md").read_text()
-    reasons = ("steps in a row were not finite", r"behind are the ranks \[1\]", r"memory|died")
+    assert "behind are the ranks [1]" in driver.output
+    # What runs out first depends: an allocation, a thread's stack, or the process dies.
+    out_of_memory = r"memory|start new thread|MemoryError|died|health check"
+    reasons = ("steps in a row were not finite", r"Rank 0.*health check failed", out_of_memory)
     for one, reason in zip(records[1:], reasons, strict=True):
-        assert re.search(reason, one["reason"])
-        assert f"trial {one['number']} failed: {one['reason'].splitlines()[0]}" in report
+        assert re.search(reason, gist(one["reason"]))
+        assert f"trial {one['number']} failed: {gist(one['reason'])}" in report
 
 
 def test_what_a_population_finds_is_a_recipe(site: SearchSite) -> None:

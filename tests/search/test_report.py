@@ -17,7 +17,7 @@ from PIL import Image
 from facm_platform.search.findings import Confirmed, Findings
 from facm_platform.search.proposals import Study
 from facm_platform.search.records import FAILED, FINISHED, STOPPED, Record
-from facm_platform.search.report import leaderboard, report_files
+from facm_platform.search.report import gist, leaderboard, report_files
 from facm_platform.search.space import parse
 from facm_platform.search.trial import Trial
 from facm_platform.training.config import ValidationConfig
@@ -180,6 +180,25 @@ def test_files_of_a_report(tmp_path: Path) -> None:
         # Empty where the trial has no such value.
         mean = one.values.get("objective.times.mean", "")
         assert row["objective.times.mean"] == str(mean)
+
+
+@pytest.mark.parametrize(
+    ("reason", "line"),
+    [
+        ("ValueError: no", "ValueError: no"),
+        (
+            "WorkerGroupError: failed:\n[Rank 1 Error Snippet]:\nTraceback (most\n  x\nE: why\n",
+            "E: why",
+        ),
+        (
+            "X: failed:\n[Rank 0 Error Snippet]:\nA check failed.\npid",
+            "[Rank 0 Error Snippet]: A check failed.",
+        ),
+        ("", ""),
+    ],
+)
+def test_the_gist_of_an_error(reason: str, line: str) -> None:
+    assert gist(reason) == line
 
 
 def test_the_leaderboard_is_in_order(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from facm_platform.search.config import PBT, SearchConfig
 from facm_platform.search.findings import Confirmed, Findings
 from facm_platform.search.proposals import Listed, Proposals, Study
 from facm_platform.search.records import STOPPED, Record, Records
-from facm_platform.search.report import LEADERBOARD, REPORT, leaderboard, report_files
+from facm_platform.search.report import LEADERBOARD, REPORT, gist, leaderboard, report_files
 from facm_platform.search.runner import Room, room_for, run_trials
 from facm_platform.search.schedulers import scheduler_of
 from facm_platform.search.space import Space, Values
@@ -302,7 +302,9 @@ class _Execution:
         config, last = self._plan.config, record.last
         images = f"{last[IMAGES]:11,.0f} images" if last else ""
         distance = f"{last[config.objective]:8.2f} ± {last[config.error]:.2f}" if last else ""
-        print(f"{record.name} {record.state:8} {images} {distance} {record.reason}", flush=True)
+        print(
+            f"{record.name} {record.state:8} {images} {distance} {gist(record.reason)}", flush=True
+        )
         text = leaderboard(config, list(self._trials))
         storage.write_bytes(storage.join(self._plan.folder_uri, LEADERBOARD), text.encode())
         self._parent.log_text(text, LEADERBOARD)

@@ -98,7 +98,7 @@ def _confirmed(findings: Findings) -> str:
         gain, joint = findings.gain(one, findings.recipe)
         against = "" if one is findings.recipe else f"{gain:+.2f} ± {joint:.2f}"
         each = ", ".join(f"{distance:.2f}" for distance in one.distances(config.objective))
-        failed = "; ".join(run.reason for run in one.runs if not run.finished)
+        failed = "; ".join(gist(run.reason) for run in one.runs if not run.finished)
         rows.append(
             [_label(one, findings), f"{mean:.2f} ± {error:.2f}", each or failed, against]
             + [f"{one.mean(other):.2f}" for other in config.objectives[1:]]
@@ -137,9 +137,17 @@ def _importance(findings: Findings) -> str:
 
 def _failures(findings: Findings) -> str:
     failed = [record for record in findings.trials if record.state == FAILED]
-    # The first line: what follows is a stack.
-    reasons = {record.number: (record.reason.splitlines() or [""])[0] for record in failed}
-    return "\n".join(f"- trial {number} failed: {reason}" for number, reason in reasons.items())
+    return "\n".join(f"- trial {one.number} failed: {gist(one.reason)}" for one in failed)
+
+
+def gist(reason: str) -> str:
+    """The line of an error's text that says what it was."""
+    lines = [line for line in reason.splitlines() if line.strip()] or [""]
+    if any(line.startswith("Traceback") for line in lines):
+        return lines[-1]
+    # Ray Train's, of a worker that left no word.
+    places = [number for number, line in enumerate(lines) if line.startswith("[Rank")]
+    return " ".join(lines[places[0] : places[0] + 2]) if places else lines[0]
 
 
 def _front(findings: Findings) -> str:
