@@ -99,6 +99,14 @@ class Population(PopulationBasedTraining):
             log_config=False,
         )
 
+    def on_trial_add(self, tune_controller: Any, trial: TuneTrial) -> None:
+        """Take it into the population.
+
+        PBT refuses to work beside a search algorithm, which would learn from values that it
+        changes. Ours proposes at random, and learns nothing.
+        """
+        super().on_trial_add(cast(Any, SimpleNamespace(search_alg=None)), trial)
+
     def on_trial_result(
         self, tune_controller: Any, trial: TuneTrial, result: dict[str, Any]
     ) -> str:
