@@ -70,7 +70,7 @@ class Driver:
             time.sleep(0.01)
 
     def finish(self) -> None:
-        assert self.process.wait(timeout=400) == 0, self.output
+        assert self.process.wait(timeout=900) == 0, self.output
         self._reader.join()
 
     def end(self) -> None:

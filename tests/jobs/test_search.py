@@ -21,7 +21,7 @@ from tests.jobs.driver import Driver
 from tests.search.conftest import SPACE
 from tests.world import World
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 Found = dict[str, Any]
 
