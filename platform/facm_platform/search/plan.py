@@ -66,10 +66,6 @@ class SearchPlan:
         return int(min(self.space.size, self.config.budget.trials or math.inf))
 
     @property
-    def _population(self) -> bool:
-        return self.config.algorithm.kind == PBT
-
-    @property
     def confirming_runs(self) -> int:
         """How many runs follow them."""
         recipes = 1 + len(self.config.controls) + min(self.config.confirm.top, self.trials)
@@ -128,7 +124,8 @@ class SearchPlan:
     def trial(self, number: int, params: Mapping[str, Any], values: Values) -> Trial:
         """A trial of these values, which a chooser made of `params`."""
         name = f"{self.config.run.name}-{number:04d}"
-        varied = [d.key for d in self.space.dimensions] if self._population else []
+        population = self.config.algorithm.kind == PBT
+        varied = [d.key for d in self.space.dimensions] if population else []
         return Trial(number, name, dict(params), values, self._plan(name, values), tuple(varied))
 
     def confirming(self, name: str, values: Values, number: int, seed: int) -> Trial:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -73,11 +74,8 @@ class Records:
         found = [Record(**json.loads(text)) for text in texts]
         self._records = {record.name: record for record in found}
 
-    def __iter__(self) -> Any:
+    def __iter__(self) -> Iterator[Record]:
         return iter(sorted(self._records.values(), key=lambda record: record.number))
-
-    def __len__(self) -> int:
-        return len(self._records)
 
     def get(self, name: str) -> Record | None:
         """The one of that name, if it is known."""
