@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import ray
 
 from facm_core.errors import InvalidInputError
 from facm_platform.config import load_config
@@ -19,6 +23,7 @@ from facm_platform.training.context import LocalContext, single_process_group
 from facm_platform.training.distill import DistillConfig, DistillPlan, prepare
 from facm_platform.training.export import export
 from facm_platform.training.loop import train
+from facm_platform.training.run import last_checkpoint
 from facm_platform.training.validation import measured
 from tests.world import World
 
@@ -85,6 +90,35 @@ def test_every_checkpoint_is_measured_and_the_best_kept(
     shard.write_bytes(content)
     with pytest.raises(InvalidInputError, match=r"__0_0.distcp.*missing or damaged"):
         planned(world, root, "validation.nfe=[2,1]")
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_cluster")
+def test_what_was_not_measured_yet_is_when_the_run_is_resumed(
+    world: World, store: Store, tmp_path: Path
+) -> None:
+    run = tmp_path / "runs" / "run"
+    options = ["workers.cpus=0.5", "validation.cpus=2.5"]
+    plan = planned(world, tmp_path / "runs", *options)
+    room = ray.util.placement_group([{"CPU": 2}])
+    ray.get(room.ready())
+    with ThreadPoolExecutor() as pool:
+        first = pool.submit(plan.execute)
+        last = f"checkpoint_{96:012d}"
+        while last_checkpoint(str(run)) != str(run / last):
+            assert not first.done()
+            time.sleep(0.1)
+        shutil.copytree(run, tmp_path / "as it was")
+        ray.util.remove_placement_group(room)
+        first.result()
+    complete = measured(str(run))
+    assert [one["images_seen"] for one in complete] == [32, 64, 96]
+
+    shutil.rmtree(run)
+    (tmp_path / "as it was").rename(run)
+    assert measured(str(run)) == []
+    planned(world, tmp_path / "runs", *options).execute()
+    assert measured(str(run)) == complete
 
 
 @pytest.mark.slow

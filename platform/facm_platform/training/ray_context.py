@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import shutil
+import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
@@ -29,6 +30,9 @@ from facm_platform.training.watchdog import Watchdog
 
 # Beyond it, Ray Train tells what it knows without the checkpoint that is being uploaded.
 _ANSWER_SECONDS = 0.1
+
+# Of a checkpoint, the worst there is. Ray Train keeps it as JSON, which has no infinity.
+_UNMEASURED = sys.float_info.max
 
 
 class RayContext:
@@ -118,8 +122,7 @@ class RayContext:
         store, path = filesystem(join(self._folder_uri, name))
         checkpoint = ray.train.Checkpoint(path, store)
         self._written.clear()
-        # Until it is measured, the worst there is.
-        unmeasured = {self._measured: math.inf} if self._measured else {}
+        unmeasured = {self._measured: _UNMEASURED} if self._measured else {}
         ray.train.report(
             staged.record["metrics"] | unmeasured,
             checkpoint=checkpoint,
