@@ -86,6 +86,35 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(
     assert all(torch.isfinite(value).all() for value in weights(task).values())
 
 
+def test_a_checkpoint_that_was_due_then_comes_with_the_next_step(
+    make_task: MakeTask, tmp_path: Path
+) -> None:
+    train(make_task(), InterruptedContext(tmp_path / "run", poison=3))
+    names = sorted(path.name for path in (tmp_path / "run").glob("checkpoint_*"))
+    assert names == [f"checkpoint_{images:012d}" for images in (40, 64, 96)]
+
+
+@pytest.mark.parametrize(
+    ("may_be_lost", "commits"), [(None, [64, 96]), (32, [32, 64]), (40, [40, 72]), (48, [48, 80])]
+)
+def test_training_waits_where_more_would_be_lost(
+    make_task: MakeTask, tmp_path: Path, may_be_lost: int | None, commits: list[int]
+) -> None:
+    """The checkpoints at 32 and 64 of 96 images, of 8 a step; that at 96 is the run's end."""
+    waited = []
+
+    class Waiting(LocalContext):
+        def moved(self, images_seen: int, doing: str) -> None:
+            self.images_seen = images_seen
+
+        def commit_checkpoint(self) -> None:
+            waited.append(self.images_seen)
+
+    task = make_task(train=replace(TRAIN, max_lost_images=may_be_lost))
+    train(task, Waiting(tmp_path / "run"))
+    assert waited == commits
+
+
 def test_too_many_of_them_end_the_run(make_task: MakeTask, tmp_path: Path) -> None:
     task = make_task()
     with pytest.raises(Hopeless, match=r"10 steps in a row.*learning_rate"):
@@ -322,6 +351,8 @@ def test_checkpoint_metadata_cannot_run_code(
 def test_training_settings_are_validated() -> None:
     with pytest.raises(InvalidInputError, match=r"export_sigma_rel = 0.1: not one of"):
         TrainConfig(images=1, export_sigma_rel=0.1)
+    with pytest.raises(InvalidInputError, match=r"max_lost_images = 7: less than .* = 8, the"):
+        TrainConfig(images=1, checkpoint_images=8, max_lost_images=7)
     assert TrainConfig(images=1025, global_batch_size=1024).total_images == 2048
 
 

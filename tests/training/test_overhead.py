@@ -63,7 +63,7 @@ def test_the_three_runs_differ_in_their_checkpoints(inputs: Inputs, store: Store
         "asynchronous": 64,
         "synchronous": 64,
     }
-    assert [t.async_checkpoints for t in trains.values()] == [True, True, False]
+    assert [t.max_lost_images for t in trains.values()] == [None, None, 64]
     assert {t.log_images for t in trains.values()} == {32}
 
 

@@ -92,8 +92,9 @@ class TrainConfig:
         ema_sigma_rels: Widths of the power-function averages that are tracked.
         export_sigma_rel: Which of them the model artefact holds.
         checkpoint_images: Distance between checkpoints.
-        async_checkpoints: Training goes on while a checkpoint is written and uploaded; else it
-            stands still meanwhile.
+        max_lost_images: Training goes on while a checkpoint is written and uploaded, but waits for
+            it when more than so many images would be lost with the machines. `checkpoint_images`:
+            it waits at once. None: it waits only before the next checkpoint.
         keep_checkpoints: How many are kept.
         keep_averages: Whether the averages of the others are kept, from which `jobs/export.py`
             makes an average of any width.
@@ -131,7 +132,7 @@ class TrainConfig:
     ema_sigma_rels: tuple[float, ...] = (0.05, 0.2)
     export_sigma_rel: float = 0.2
     checkpoint_images: int = 1_000_000
-    async_checkpoints: bool = True
+    max_lost_images: int | None = None
     keep_checkpoints: int = 2
     keep_averages: bool = True
     log_images: int = 10_000
@@ -161,6 +162,14 @@ class TrainConfig:
             micro,
             "below 1",
             "Use a whole number from 1, or none",
+        )
+        lost, interval = self.max_lost_images, self.checkpoint_images
+        require(
+            lost is None or lost >= interval,
+            "max_lost_images",
+            lost,
+            f"less than checkpoint_images = {interval}, the distance between checkpoints",
+            "Use that number or more, or smaller distances",
         )
         for name in ("learning_rate", "max_grad_norm"):
             value = getattr(self, name)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
@@ -57,14 +57,14 @@ class WorkerContext(Protocol):
     def last_checkpoint(self) -> AbstractContextManager[Path | None]:
         """The last committed checkpoint as a folder, None at the very start."""
 
-    def save_checkpoint(self, stage: Callable[[], Staged], *, wait: bool = False) -> None:
-        """Commit a checkpoint: every rank writes its part, all of them or none are kept.
+    def save_checkpoint(self, staged: Staged) -> None:
+        """Begin a checkpoint: every rank writes its part, all of them or none are kept.
 
-        Args:
-            stage: Called once the checkpoint before this one is written; what it gives is written
-                after this function has returned.
-            wait: Return when the checkpoint is committed.
+        The one before it has been committed. Returns before it is written.
         """
+
+    def commit_checkpoint(self) -> None:
+        """Return when the last one that was begun is committed: no kill can undo it."""
 
     def best_fid(self) -> float:
         """Of the checkpoints measured so far, as this rank knows; infinite without any."""
@@ -109,14 +109,16 @@ class LocalContext:
         """The newest checkpoint of the folder."""
         return nullcontext(max(self.folder.glob("checkpoint_*"), default=None))
 
-    def save_checkpoint(self, stage: Callable[[], Staged], *, wait: bool = False) -> None:
+    def save_checkpoint(self, staged: Staged) -> None:
         """Write beside the others, then rename."""
-        staged = stage()
         for name, part in staged.parts():
             folder = Path(tempfile.mkdtemp(dir=self.folder, prefix="part_"))
             part.write(folder)
             (self.folder / name).parent.mkdir(exist_ok=True)
             folder.rename(self.folder / name)
+
+    def commit_checkpoint(self) -> None:
+        """It is."""
 
 
 @contextmanager

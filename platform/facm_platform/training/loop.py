@@ -127,11 +127,15 @@ class _Trainer:
     def _train(self, sender: MetricSender | None) -> bool:
         """Train to the end; False if too many steps in a row were not finite."""
         state, settings = self.state, self.task.train
-        window, skipped_in_a_row = MetricWindow(), 0
+        window, skipped_in_a_row, due = MetricWindow(), 0, False
+        self._saved = self._committed = state.images_seen
+        may_be_lost = settings.max_lost_images or 2 * settings.checkpoint_images
         batches = self._batches()
         while (batch := self._next(batches, window)) is not None:
             self._moved("in a step")
             self._enter_stage()
+            if state.images_seen + settings.global_batch_size > self._committed + may_be_lost:
+                self._commit(window)
             draws = self._draws(batch)
             finite, notices = self._step(batch, draws, window)
             skipped_in_a_row = 0 if finite else skipped_in_a_row + 1
@@ -148,13 +152,13 @@ class _Trainer:
             ended = notices.time_is_up or notices.good_enough
             last = ended or state.images_seen == settings.total_images
             leaving = notices.look_around and not self._left and self.context.preempted()
+            due = due or self._due(settings.checkpoint_images)
             # In mid-run, not of a state that may be about to be given up.
-            if last or leaving or (finite and self._due(settings.checkpoint_images)):
-                self._moved("saving a checkpoint")
-                wait = leaving or not settings.async_checkpoints
-                with window.idle("checkpoint_share"):
-                    self.context.save_checkpoint(self._staged, wait=wait)
+            if last or leaving or (finite and due):
+                self._save(window)
+                due = False
             if leaving:
+                self._commit(window)
                 self._left = True
                 self._say(
                     f"{self.task.job}: a machine is to go; saved {state.images_seen:,} images"
@@ -162,6 +166,22 @@ class _Trainer:
             if last:
                 break
         return True
+
+    def _save(self, window: MetricWindow) -> None:
+        """Begin a checkpoint, once that before it is committed."""
+        self._commit(window)
+        self._moved("saving a checkpoint")
+        with window.idle("checkpoint_share"):
+            self.context.save_checkpoint(self._staged())
+        self._saved = self.state.images_seen
+
+    def _commit(self, window: MetricWindow) -> None:
+        """Wait for the checkpoint that is on its way, if there is one."""
+        if self._saved > self._committed:
+            self._moved("waiting for a checkpoint")
+            with window.idle("checkpoint_share"):
+                self.context.commit_checkpoint()
+            self._committed = self._saved
 
     def _enter_stage(self) -> None:
         """What is in force now, of what changes on the way."""

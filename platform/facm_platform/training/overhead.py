@@ -99,8 +99,8 @@ def prepare(config: DistillConfig) -> OverheadPlan:
     common = replace(train, log_images=window, health_images=never, keep_averages=False)
     trains = {
         _PLATFORM: replace(common, checkpoint_images=never),
-        _ASYNC: replace(common, checkpoint_images=often, async_checkpoints=True),
-        _SYNC: replace(common, checkpoint_images=often, async_checkpoints=False),
+        _ASYNC: replace(common, checkpoint_images=often),
+        _SYNC: replace(common, checkpoint_images=often, max_lost_images=often),
     }
     return OverheadPlan(
         {

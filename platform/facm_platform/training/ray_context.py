@@ -8,7 +8,7 @@ import shutil
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import cast
@@ -114,10 +114,8 @@ class RayContext:
             with checkpoint.as_directory() as folder:
                 yield Path(folder)
 
-    def save_checkpoint(self, stage: Callable[[], Staged], *, wait: bool = False) -> None:
+    def save_checkpoint(self, staged: Staged) -> None:
         """Every rank uploads its part in a thread of Ray Train, which commits the checkpoint."""
-        self._written.wait()
-        staged = stage()
         name, _ = staged.parts()[-1]
         store, path = filesystem(join(self._folder_uri, name))
         checkpoint = ray.train.Checkpoint(path, store)
@@ -127,13 +125,15 @@ class RayContext:
             staged.record["metrics"] | unmeasured,
             checkpoint=checkpoint,
             checkpoint_dir_name=name,
-            checkpoint_upload_mode=CheckpointUploadMode.SYNC
-            if wait
-            else CheckpointUploadMode.ASYNC,
+            checkpoint_upload_mode=CheckpointUploadMode.ASYNC,
             checkpoint_upload_fn=lambda *_: self._upload(staged, checkpoint),
             delete_local_checkpoint_after_upload=False,
             validation=self._measured is not None,
         )
+
+    def commit_checkpoint(self) -> None:
+        """Until the controller has it from all ranks, and has listed it in the run's folder."""
+        ray.train.get_all_reported_checkpoints(consistency_mode=CheckpointConsistencyMode.COMMITTED)
 
     def _upload(self, staged: Staged, checkpoint: Checkpoint) -> Checkpoint:
         try:
