@@ -12,13 +12,51 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from statistics import pvariance
+from dataclasses import dataclass
+from functools import cached_property
+from statistics import linear_regression, pvariance
 from typing import Self
 
 import torch
 from torch import Tensor
 
 from facm_core.errors import InvalidInputError, require
+
+
+@dataclass(frozen=True)
+class Gaussian:
+    """A multivariate normal distribution, as it stands for a set of features.
+
+    Attributes:
+        mean: (D,) float64.
+        covariance: (D, D) float64, symmetric and positive semi-definite up to rounding.
+    """
+
+    mean: Tensor
+    covariance: Tensor
+
+    def distance(self, other: Gaussian) -> float:
+        """Squared Fréchet distance; see the module's head.
+
+        Raises:
+            InvalidInputError: different widths, or a covariance that is none.
+        """
+        require(
+            self.mean.shape == other.mean.shape,
+            "other.dimension",
+            len(other.mean),
+            f"expected {len(self.mean)}",
+            "Compare statistics of one feature extractor only",
+        )
+        cross = torch.linalg.svdvals(self._root.T @ other._root).sum()
+        shift = (self.mean - other.mean).square().sum()
+        squared = shift + self.covariance.trace() + other.covariance.trace() - 2 * cross
+        # Rounding may leave a distance of zero a little below it.
+        return max(0.0, float(squared))
+
+    @cached_property
+    def _root(self) -> Tensor:
+        return _square_root(self.covariance)
 
 
 class FrechetStatistics:
@@ -89,20 +127,18 @@ class FrechetStatistics:
         self._require_samples(2)
         return self._scatter / (self.count - 1)
 
-    def distance(self, other: FrechetStatistics) -> float:
+    @property
+    def gaussian(self) -> Gaussian:
+        """The normal distribution of this mean and covariance."""
+        return Gaussian(self.mean, self.covariance)
+
+    def distance(self, other: FrechetStatistics | Gaussian) -> float:
         """Squared Fréchet distance to `other` ("the FID", where the features are Inception's).
 
         Raises:
             InvalidInputError: different widths, or fewer than two samples on a side.
         """
-        require(
-            other.dimension == self.dimension,
-            "other.dimension",
-            other.dimension,
-            f"expected {self.dimension}",
-            "Compare statistics of one feature extractor only",
-        )
-        return gaussian_distance(self.mean, self.covariance, other.mean, other.covariance)
+        return self.gaussian.distance(_gaussian(other))
 
     def state_dict(self) -> dict[str, Tensor]:
         """The whole state as plain tensors: ``count`` (), ``mean`` (D,), ``scatter`` (D, D)."""
@@ -136,7 +172,7 @@ class FrechetStatistics:
 
 
 def distance_with_error(
-    parts: Sequence[FrechetStatistics], reference: FrechetStatistics
+    parts: Sequence[FrechetStatistics], reference: FrechetStatistics | Gaussian
 ) -> tuple[float, float]:
     """Distance of all parts together to `reference`, and its standard error.
 
@@ -147,30 +183,42 @@ def distance_with_error(
         parts: Two or more, of equally many samples.
         reference: What they are compared with.
     """
-    count = len(parts)
+    count, other = len(parts), _gaussian(reference)
     require(count > 1, "parts", count, "no error from fewer than two", "Give e.g. ten")
-
-    def distance(some: Iterable[FrechetStatistics]) -> float:
-        together = FrechetStatistics(reference.dimension)
-        for part in some:
-            together.merge(part)
-        return together.distance(reference)
-
-    without_one = [distance((*parts[:i], *parts[i + 1 :])) for i in range(count)]
-    return distance(parts), math.sqrt((count - 1) * pvariance(without_one))
+    without_one = [_together([*parts[:i], *parts[i + 1 :]]).distance(other) for i in range(count)]
+    return _together(parts).distance(other), math.sqrt((count - 1) * pvariance(without_one))
 
 
-def gaussian_distance(mean_1: Tensor, cov_1: Tensor, mean_2: Tensor, cov_2: Tensor) -> float:
-    """Squared Fréchet distance of N(mean_1, cov_1) and N(mean_2, cov_2); see the module's head.
+def extrapolated_distance(
+    parts: Sequence[FrechetStatistics], reference: FrechetStatistics | Gaussian
+) -> float:
+    """Distance to `reference` that infinitely many samples would have: FID∞.
+
+    The distance of N samples is too large by c/N + o(1/N). So a line through the distances of the
+    first half of the parts, and of every number of them from there on, over 1/N, is followed to
+    1/N = 0 (Chong & Forsyth, arXiv 1911.07023, section 4).
 
     Args:
-        mean_1, mean_2: (D,) float64.
-        cov_1, cov_2: (D, D) float64, symmetric and positive semi-definite up to rounding.
+        parts: Three or more, in the order of the samples.
+        reference: What they are compared with; its own bias stays.
     """
-    cross = torch.linalg.svdvals(_square_root(cov_1).T @ _square_root(cov_2)).sum()
-    squared = (mean_1 - mean_2).square().sum() + cov_1.trace() + cov_2.trace() - 2 * cross
-    # Rounding may leave a distance of zero a little below it.
-    return max(0.0, float(squared))
+    count, other = len(parts), _gaussian(reference)
+    require(count > 2, "parts", count, "no line through fewer than three", "Give e.g. ten")
+    some = [_together(parts[:number]) for number in range((count + 1) // 2, count + 1)]
+    inverse = [1 / statistics.count for statistics in some]
+    return linear_regression(inverse, [statistics.distance(other) for statistics in some]).intercept
+
+
+def _together(parts: Iterable[FrechetStatistics]) -> FrechetStatistics:
+    first, *others = parts
+    together = FrechetStatistics(first.dimension)
+    for part in (first, *others):
+        together.merge(part)
+    return together
+
+
+def _gaussian(statistics: FrechetStatistics | Gaussian) -> Gaussian:
+    return statistics if isinstance(statistics, Gaussian) else statistics.gaussian
 
 
 def self_test() -> None:
@@ -189,9 +237,8 @@ def self_test() -> None:
     axis = torch.arange(1, 6, dtype=torch.float64)
     q = torch.eye(5, dtype=torch.float64) - 2 * torch.outer(axis, axis) / axis.square().sum()
     expected = float(mean.square().sum() + (s_1 - s_2).square().sum())
-    got = gaussian_distance(
-        torch.zeros_like(mean), q @ torch.diag(s_1**2) @ q.T, mean, q @ torch.diag(s_2**2) @ q.T
-    )
+    first = Gaussian(torch.zeros_like(mean), q @ torch.diag(s_1**2) @ q.T)
+    got = first.distance(Gaussian(mean, q @ torch.diag(s_2**2) @ q.T))
     if not math.isclose(got, expected, rel_tol=1e-9):
         raise RuntimeError(f"Fréchet distance self-test: got {got!r}, expected {expected!r}")
 

@@ -9,7 +9,14 @@ import torch
 from torch import Tensor
 
 from facm_core.errors import InvalidInputError
-from facm_core.metrics import FrechetStatistics, distance_with_error, frechet, self_test
+from facm_core.metrics import (
+    FrechetStatistics,
+    Gaussian,
+    distance_with_error,
+    extrapolated_distance,
+    frechet,
+    self_test,
+)
 
 
 def features(seed: int, rows: int, width: int, shift: float = 0.0) -> Tensor:
@@ -59,6 +66,12 @@ def test_inception_width_with_fewer_samples_than_dimensions() -> None:
     x_1, x_2 = features(5, 120, 512), features(6, 100, 512)
     got = statistics(x_1).distance(statistics(x_2))
     assert got == pytest.approx(distance_by_data(x_1, x_2), rel=1e-11)
+
+
+def test_inception_width_and_500_samples() -> None:
+    x_1, x_2 = features(5, 500, 2048), features(6, 500, 2048, shift=0.01)
+    got = statistics(x_1).distance(statistics(x_2))
+    assert got == pytest.approx(distance_by_data(x_1, x_2), rel=1e-10)
 
 
 def test_closed_form_of_diagonal_gaussians() -> None:
@@ -117,6 +130,31 @@ def test_the_error_is_the_spread_of_repeated_measurements() -> None:
         distance_with_error([statistics(features(1, 9, 3))], reference)
 
 
+def test_extrapolation_removes_the_bias_of_few_samples() -> None:
+    """Of 100 sets of 1,000 samples of the reference itself, whose distance is 0."""
+    reference = Gaussian(torch.zeros(16).double(), torch.eye(16).double())
+    generator = torch.Generator().manual_seed(0)
+    sets = torch.randn(100, 10, 100, 16, generator=generator, dtype=torch.float64)
+    parts = [[statistics(part) for part in some] for some in sets]
+    biased = np.mean([distance_with_error(some, reference)[0] for some in parts])
+    extrapolated = [extrapolated_distance(some, reference) for some in parts]
+    # Σ is off by 1/N per entry: tr (Σ^½ − 1)² is D(D + 1)/(8N)·2, and ‖μ‖² is D/N.
+    assert biased == pytest.approx(16 * (1 + 17 / 4) / 1000, rel=0.02)
+    error = np.std(extrapolated) / np.sqrt(len(parts))
+    assert abs(np.mean(extrapolated)) < 3 * error < 0.1 * biased
+
+
+def test_extrapolation_is_the_end_of_a_line() -> None:
+    parts = [statistics(features(seed, 20, 3)) for seed in range(5)]
+    reference = statistics(features(9, 100, 3))
+    counts, distances = [60, 80, 100], []
+    for count in counts:
+        together = torch.cat([features(seed, 20, 3) for seed in range(count // 20)])
+        distances.append(distance_by_scipy(together, features(9, 100, 3)))
+    expected = np.polyfit(1 / np.array(counts), distances, 1)[1]
+    assert extrapolated_distance(parts, reference) == pytest.approx(expected, rel=1e-9)
+
+
 def test_state_dict_round_trip() -> None:
     whole = statistics(features(1, 50, 4))
     again = FrechetStatistics.from_state_dict(whole.state_dict())
@@ -145,7 +183,9 @@ def test_bad_input_is_refused() -> None:
     assert empty.update(torch.zeros(0, 4)).count == 0
     bad, zero = -torch.eye(2, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
     with pytest.raises(InvalidInputError, match="negative eigenvalue"):
-        frechet.gaussian_distance(zero, bad, zero, bad)
+        Gaussian(zero, bad).distance(Gaussian(zero, bad))
+    with pytest.raises(InvalidInputError, match="fewer than three"):
+        extrapolated_distance([statistics(features(1, 9, 4))] * 2, statistics(features(2, 9, 4)))
 
 
 def test_self_test_notices_a_wrong_distance(monkeypatch: pytest.MonkeyPatch) -> None:
