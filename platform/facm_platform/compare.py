@@ -13,7 +13,7 @@ from facm_platform.config import JobResult
 from facm_platform.config.sections import DataConfig, RunConfig
 from facm_platform.evaluation import evaluate
 from facm_platform.evaluation.config import check_measure
-from facm_platform.evaluation.features import load_features
+from facm_platform.evaluation.extractors import FITTED, load_extractor
 from facm_platform.evaluation.report import EvaluationResult
 from facm_platform.registry.artifact import OBJECTIVES
 from facm_platform.training import distill
@@ -38,7 +38,8 @@ class CompareConfig:
         scm: sCM.
         train: Optimisation, the same for all.
         workers: Ray Train workers.
-        features_uri: Feature extractor that jobs/fit_features.py wrote.
+        extractor: Kind of the feature extractor, as jobs/evaluate.py takes it.
+        features_uri: Its address.
         samples: Number of samples for a FID; a multiple of the number of classes.
         nfe: Step counts.
         batch_size: Samples an actor computes at once.
@@ -53,6 +54,7 @@ class CompareConfig:
     scm: SCMConfig = field(default_factory=SCMConfig)
     train: TrainConfig
     workers: WorkersConfig = field(default_factory=WorkersConfig)
+    extractor: str = FITTED
     features_uri: str
     samples: int = 5000
     nfe: tuple[int, ...] = (1, 2, 4)
@@ -78,6 +80,7 @@ class CompareConfig:
             data=self.data,
             student_uri=student_uri,
             teacher_uri=self.teacher.uri if method == METHODS[0] else None,
+            extractor=self.extractor,
             features_uri=self.features_uri,
             samples=self.samples,
             nfe=self.nfe,
@@ -143,8 +146,8 @@ def prepare(config: CompareConfig) -> ComparePlan:
     """
     plans = {method: distill.prepare(config.distillation(method)) for method in METHODS}
     first = plans[METHODS[0]]
-    features = load_features(config.features_uri)
-    check_measure(config.samples, config.features_uri, features, first.manifest)
+    features = load_extractor(config.extractor, config.features_uri)
+    check_measure(config.samples, features, first.manifest)
     return ComparePlan(config, plans)
 
 

@@ -64,8 +64,12 @@ def test_everything_it_leaves_in_an_embedded_store(
     assert values["protocol"]["id"] == result.protocol.id
     assert values["student"]["1"]["fid"] == metrics["fid_nfe1"]
     table = (root / "look/evaluation.md").read_text()
-    assert "| steps | teacher FID | teacher agreement | student FID | student agreement |" in table
-    assert f"| 3 | {metrics['teacher_fid_nfe3']:.2f} |" in table
+    head, _, *rows = table.splitlines()
+    assert head.startswith("| model | steps | FID | FID∞ | KID · 10³ | IS | precision | recall |")
+    assert rows[1].startswith(
+        f"| teacher | 3 | {metrics['teacher_fid_nfe3']:.2f} ± "
+        f"{metrics['teacher_fid_nfe3_error']:.2f} | {metrics['teacher_fid_nfe3_infinity']:.2f} |"
+    )
     assert result.protocol.id in table
 
     run = store.client.get_run(result.run_id)
@@ -142,6 +146,10 @@ def test_inputs_that_do_not_belong_together(world: World, tmp_path: Path) -> Non
         ({"features_uri": str(tmp_path / "no")}, "features_uri", "not a feature extractor"),
         ({"data": DataConfig(uri=str(tmp_path / "no"))}, "data.uri", "no latent set"),
         ({"samples": 101}, "samples", "Use e.g. 110"),
+        ({"samples": 10}, "samples", "too few for 10 parts"),
+        ({"protocol": "adm-imagenet256-50k"}, "protocol", "extractor is 'digits', not 'inception"),
+        ({"reference_uri": str(tmp_path / "no.npz")}, "reference_uri", "nothing lies there"),
+        ({"reference_uri": str(tmp_path / "no.pt")}, "reference_uri", "neither .safetensors nor"),
     ):
         with pytest.raises(InvalidInputError, match=message) as caught:
             prepare(config(world, tmp_path, **changes))  # type: ignore[arg-type]
@@ -161,7 +169,9 @@ def test_a_set_of_the_same_statistics_but_another_hash(world: World, tmp_path: P
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("samples", 1),
+        ("extractor", "vgg"),
+        ("label_policy", "sorted"),
+        ("protocol", "adm"),
         ("batch_size", 0),
         ("actors", 0),
         ("seed", -1),

@@ -14,8 +14,7 @@ from facm_core.errors import InvalidInputError
 from facm_platform.config.sections import DataConfig, RunConfig
 from facm_platform.evaluation.features import DESCRIPTION, WEIGHTS, FeaturesInfo, load_features
 from facm_platform.evaluation.fit import FeaturesConfig, fit, prepare
-from facm_platform.evaluation.protocol import dequantise
-from facm_platform.evaluation.real import real_images
+from facm_platform.evaluation.real import DecodedSet
 from facm_platform.storage import write_bytes
 from facm_platform.tracking import Store, TrackingConfig
 from tests.world import World
@@ -49,11 +48,12 @@ def test_the_job_fits_a_good_extractor_and_tells_its_accuracy(
     # The whole set, most of which it has seen.
     right = total = 0
     features = []
-    for images, labels in real_images(world.data, world.manifest, 256):
-        vectors, logits = extractor(dequantise(images, torch.float32))
-        right += int((logits.argmax(1) == labels).sum())
+    for images, labels in DecodedSet(world.data, world.manifest).batches((0, 1797), 256):
+        seen = extractor(images)
+        assert seen.labels is not None
+        right += int((seen.labels == labels).sum())
         total += len(labels)
-        features.append(vectors.double())
+        features.append(seen.features.double())
     assert total == 1797
     assert right / total > 0.99
     # No feature is constant: the covariance has full rank.
@@ -83,12 +83,14 @@ def test_features_and_logits_have_the_described_shapes_and_the_asked_precision(
     world: World,
 ) -> None:
     extractor = load_features(world.features)
-    features, logits = extractor(torch.zeros(3, 1, 8, 8))
-    assert features.shape == (3, 64)
-    assert logits.shape == (3, 10)
-    wide, _ = extractor.to(torch.device("cpu"), torch.float64)(torch.zeros(3, 1, 8, 8))
-    assert wide.dtype == torch.float64
-    torch.testing.assert_close(wide.float(), features, rtol=1e-4, atol=1e-5)
+    images = torch.zeros(3, 1, 8, 8, dtype=torch.uint8)
+    seen = extractor(images)
+    assert seen.features.shape == (3, 64)
+    assert seen.logits is not None
+    assert seen.logits.shape == (3, 10)
+    wide = extractor.to(torch.device("cpu"), torch.float64)(images)
+    assert wide.features.dtype == torch.float64
+    torch.testing.assert_close(wide.features.float(), seen.features, rtol=1e-4, atol=1e-5)
 
 
 def test_damaged_or_missing_extractors_are_refused(world: World, tmp_path: Path) -> None:

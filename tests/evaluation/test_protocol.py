@@ -8,8 +8,9 @@ import re
 import pytest
 import torch
 
+from facm_core.errors import InvalidInputError
 from facm_platform.evaluation import Protocol
-from facm_platform.evaluation.protocol import dequantise, quantise
+from facm_platform.evaluation.protocol import check_published, dequantise, dtype_of, quantise
 
 PROTOCOL = Protocol(
     extractor="digits", extractor_sha256="a" * 64, reference_sha256="b" * 64, samples=50, seed=3
@@ -22,7 +23,7 @@ def test_the_id_is_readable_and_changes_with_every_field() -> None:
     ids = {PROTOCOL.id}
     for field in dataclasses.fields(Protocol):
         value = getattr(PROTOCOL, field.name)
-        changed = value + 1 if isinstance(value, int) else value + "x"
+        changed = value + 1 if isinstance(value, int) else f"{value}x"
         ids.add(dataclasses.replace(PROTOCOL, **{field.name: changed}).id)
     assert len(ids) == 1 + len(dataclasses.fields(Protocol))
 
@@ -48,6 +49,34 @@ def test_quantisation_rounds_to_the_nearest_of_256_levels_and_clips() -> None:
 
 
 def test_precision_is_a_dtype() -> None:
-    assert PROTOCOL.dtype == torch.float64
+    assert dtype_of(PROTOCOL.precision) == torch.float64
     with pytest.raises(KeyError):
-        _ = dataclasses.replace(PROTOCOL, precision="float8").dtype
+        dtype_of("float8")
+
+
+def test_random_labels_belong_to_the_sample_and_are_uniform() -> None:
+    protocol = dataclasses.replace(PROTOCOL, label_policy="random")
+    labels = protocol.sample_labels(0, 2000, 10)
+    assert torch.equal(protocol.sample_labels(7, 21, 10), labels[7:21])
+    counts = labels.bincount(minlength=10).double()
+    # Chi-squared of nine degrees of freedom: beyond 27.9 once in a thousand seeds.
+    assert 0 < float(((counts - 200) ** 2 / 200).sum()) < 27.9
+    other = dataclasses.replace(protocol, seed=4).sample_labels(0, 2000, 10)
+    assert not torch.equal(other, labels)
+
+
+def test_a_published_name_is_for_what_it_says() -> None:
+    adm = Protocol(
+        name="adm-imagenet256-50k",
+        extractor="inception-v3-tf",
+        extractor_sha256="6726825d" + "0" * 56,
+        reference_sha256="b" * 64,
+        samples=50_000,
+        seed=0,
+    )
+    check_published("protocol", adm)
+    assert re.fullmatch(r"adm-imagenet256-50k-[0-9a-f]{12}", adm.id)
+    other = dataclasses.replace(adm, samples=5000, extractor_sha256="a" * 64)
+    with pytest.raises(InvalidInputError, match=r"is 'a+', not '6726825d'; samples is 5000, not"):
+        check_published("protocol", other)
+    check_published("protocol", PROTOCOL)

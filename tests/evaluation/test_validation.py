@@ -159,9 +159,11 @@ def test_the_loop_ends_at_the_target(
         ("validation.samples=101", "validation.samples = 101: not a multiple of the 10 classes"),
         ("validation.features_uri=/nowhere", "validation.features_uri = '/nowhere'"),
         ("validation.target_fid=0", "validation.target_fid = 0.0: not positive"),
-        ("validation.samples=10", "validation.samples = 10: too few for ten parts"),
+        ("validation.samples=10", "validation.samples = 10: too few for 10 parts"),
         ("validation.nfe=[0]", "validation.nfe = (0,): not different step counts"),
         ("validation.cpus=0", "validation.cpus = 0.0: not positive"),
+        ("validation.extractor=vgg", "extractor = 'vgg'"),
+        ("validation.reference_uri=/nowhere.npz", "reference_uri = '/nowhere.npz'"),
     ],
 )
 def test_what_cannot_be_measured_is_refused(

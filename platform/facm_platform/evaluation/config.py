@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from facm_core.errors import require
+from facm_core.errors import require, require_one_of
 from facm_platform.config.sections import DataConfig, RunConfig, require_step_counts
-from facm_platform.evaluation.features import FeatureExtractor
+from facm_platform.evaluation.engine import PARTS
+from facm_platform.evaluation.extractor import Extractor
+from facm_platform.evaluation.extractors import FITTED, KINDS
+from facm_platform.evaluation.protocol import LABEL_POLICIES, PUBLISHED
 from facm_platform.evaluation.real import image_shape
 from facm_platform.latents import LatentManifest
 from facm_platform.registry import Artifact
@@ -22,8 +25,16 @@ class EvaluateConfig:
         data: The latent set, which is the reference.
         student_uri: Model artefact to measure.
         teacher_uri: Its teacher, to compare with; None for the student alone.
-        features_uri: Feature extractor that jobs/fit_features.py wrote.
-        samples: Number of samples; a multiple of the number of classes.
+        extractor: Kind of the feature extractor: ``fitted`` (by jobs/fit_features.py),
+            ``inception`` (v3, as FID means it) or ``dinov2``.
+        features_uri: Its folder; of Inception, the file of weights.
+        reference_uri: What the samples are compared with: an ``.npz`` of ADM's, or a file that
+            jobs/reference.py wrote; one that is not there yet is made of every row of the latent
+            set. None: in the run's folder.
+        protocol: Name of the published protocol that this must be, e.g. ``adm-imagenet256-50k``;
+            what differs is refused.
+        label_policy: ``balanced`` or ``random``.
+        samples: Number of samples; a multiple of the number of classes where labels are balanced.
         nfe: Step counts of the student.
         teacher_nfe: Step counts of the teacher (Euler; guided steps call the network twice).
         batch_size: Samples an actor computes at once: memory and speed only.
@@ -37,7 +48,11 @@ class EvaluateConfig:
     data: DataConfig
     student_uri: str
     teacher_uri: str | None = None
+    extractor: str = FITTED
     features_uri: str
+    reference_uri: str | None = None
+    protocol: str | None = None
+    label_policy: str = "balanced"
     samples: int = 5000
     nfe: tuple[int, ...] = (1, 2, 4)
     teacher_nfe: tuple[int, ...] = (1, 2, 4, 50)
@@ -48,7 +63,10 @@ class EvaluateConfig:
     register_as: str | None = None
 
     def __post_init__(self) -> None:
-        require(self.samples >= 2, "samples", self.samples, "below 2", "Use at least 2")
+        require_one_of("extractor", self.extractor, KINDS)
+        require_one_of("label_policy", self.label_policy, LABEL_POLICIES)
+        if self.protocol is not None:
+            require_one_of("protocol", self.protocol, tuple(PUBLISHED))
         for name in ("batch_size", "actors"):
             value = getattr(self, name)
             require(value >= 1, name, value, "below 1", "Use a whole number from 1")
@@ -62,7 +80,7 @@ class EvaluateConfig:
 def check_together(
     config: EvaluateConfig,
     manifest: LatentManifest,
-    features: FeatureExtractor,
+    features: Extractor,
     student: Artifact,
     teacher: Artifact | None,
 ) -> None:
@@ -71,21 +89,23 @@ def check_together(
     if teacher is not None:
         _check_teacher(config, manifest, student, teacher)
     # Last: where data.uri is the wrong set, it is the student that says so.
-    check_measure(config.samples, config.features_uri, features, manifest)
+    check_measure(config.samples, features, manifest, balanced=config.label_policy == "balanced")
 
 
 def check_measure(
-    samples: int, features_uri: str, features: FeatureExtractor, manifest: LatentManifest
+    samples: int, features: Extractor, manifest: LatentManifest, *, balanced: bool = True
 ) -> None:
     """Raise `InvalidInputError` unless the FID can be measured on this latent set."""
+    few = f"too few for {PARTS} parts, whose spread is the error of the FID"
+    require(samples >= 2 * PARTS, "samples", samples, few, f"Use at least {2 * PARTS}")
     require(
-        samples % manifest.num_classes == 0,
+        not balanced or samples % manifest.num_classes == 0,
         "samples",
         samples,
         f"not a multiple of the {manifest.num_classes} classes, which get equally many each",
         f"Use e.g. {-(-samples // manifest.num_classes) * manifest.num_classes}",
     )
-    _check_features(features_uri, features, manifest)
+    features.check("features_uri", image_shape(manifest), manifest)
 
 
 def _check_student(config: EvaluateConfig, manifest: LatentManifest, student: Artifact) -> None:
@@ -130,15 +150,3 @@ def _check_model(
     ):
         problem = f"its {what} are {ours}, those of data.uri {theirs}"
         require(ours == theirs, field, uri, problem, same_set)
-
-
-def _check_features(uri: str, features: FeatureExtractor, manifest: LatentManifest) -> None:
-    info = features.info
-    again = "Fit it to this latent set with jobs/fit_features.py"
-    for what, ours, theirs in (
-        ("images", (info.channels, info.size, info.size), image_shape(manifest)),
-        ("classes", info.num_classes, manifest.num_classes),
-        ("latent set", info.latent_manifest_sha256, manifest.sha256),
-    ):
-        problem = f"its {what} was {ours}, of data.uri it is {theirs}"
-        require(ours == theirs, "features_uri", uri, problem, again)

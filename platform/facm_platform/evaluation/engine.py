@@ -1,4 +1,4 @@
-"""Sampling and feature statistics on Ray actors; only sums and a few images travel.
+"""Sampling and feature statistics on Ray actors; only sums, some features and images travel.
 
 Work is cut into blocks that do not depend on the number of actors, and merged in their order, so
 that one actor or many give the same bits. Inside a block every sample has its own seed.
@@ -6,131 +6,181 @@ that one actor or many give the same bits. Inside a block every sample has its o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from itertools import pairwise
+from typing import Any, Self
 
 import ray
+import safetensors.torch
 import torch
 from ray.util import ActorPool
 from torch import Tensor
 
-from facm_core.metrics import FrechetStatistics
 from facm_core.samplers import sample_consistency, sample_euler, sample_noise
-from facm_platform.evaluation.features import load_features
-from facm_platform.evaluation.protocol import Protocol, dequantise, quantise
-from facm_platform.evaluation.real import real_images
+from facm_platform import storage
+from facm_platform.evaluation.extractor import Extractor
+from facm_platform.evaluation.extractors import load_extractor
+from facm_platform.evaluation.measured import Measured, Reference
+from facm_platform.evaluation.protocol import Protocol, dtype_of, quantise
+from facm_platform.evaluation.real import DecodedSet, RealImages
+from facm_platform.evaluation.reference import ReferenceFile, make_reference, read_reference
 from facm_platform.latents import LatentManifest
 from facm_platform.latents.autoencoder import autoencoder_of
-from facm_platform.registry import load_artifact
+from facm_platform.progress import time_left
+from facm_platform.registry import ArtifactInfo, load_artifact
 
+PARTS = 10
+"""Of the samples, from whose spread the error of a score is told."""
 BLOCK_SAMPLES = 500
 # A block is a pure function, so a lost actor is replaced and its block computed again.
 _RESTARTS = 3
 
 
 @dataclass(frozen=True, kw_only=True)
-class Workload:
-    """What every actor needs to know, as plain data.
+class View:
+    """How images are looked at, as plain data.
 
     Attributes:
-        protocol: Meaning of the numbers.
-        data_uri: The reference set, absolute.
-        manifest: Its manifest.
-        features_uri: Feature extractor, absolute.
+        extractor: Kind of the feature extractor.
+        features_uri: Its address, absolute.
+        precision: Floating type, as a protocol names it.
+        keep: Features of so many images are kept.
         shown_classes: Images of the classes below this one are kept,
         shown_samples: this many of each.
-        batch_size: Samples at once: memory and speed only.
+        batch_size: Images at once: memory and speed only.
         device: ``cpu`` or ``cuda``.
     """
 
-    protocol: Protocol
-    data_uri: str
-    manifest: LatentManifest
+    extractor: str
     features_uri: str
+    precision: str
+    keep: int
     shown_classes: int
     shown_samples: int
     batch_size: int
     device: str
 
-    def is_shown(self, index: int) -> bool:
-        """Whether sample `index` is one of the kept images."""
-        sample, label = divmod(index, self.manifest.num_classes)
-        return label < self.shown_classes and sample < self.shown_samples
+    @classmethod
+    def of(
+        cls,
+        extractor: Extractor,
+        kind: str,
+        *,
+        keep: int,
+        shown_classes: int,
+        shown_samples: int,
+        batch_size: int,
+        gpu: bool,
+    ) -> View:
+        """By this extractor, which is of that kind."""
+        return cls(
+            extractor=kind,
+            features_uri=extractor.uri,
+            precision=extractor.precision,
+            keep=keep,
+            shown_classes=shown_classes,
+            shown_samples=shown_samples,
+            batch_size=batch_size,
+            device="cuda" if gpu else "cpu",
+        )
+
+    def keep_from(self, start: int) -> int:
+        """Of how many features are kept from image `start` on."""
+        return max(0, self.keep - start)
 
 
-@dataclass
-class Measured:
-    """What was seen of one set of images.
+@dataclass(frozen=True, kw_only=True)
+class Workload:
+    """What is sampled, as plain data.
 
     Attributes:
-        statistics: Of the features.
-        agreeing: Images whose class, as the extractor sees it, is their label.
-        shown: Kept images, uint8 (C, H, W), by (label, number among that label).
+        protocol: Meaning of the numbers.
+        data_uri: The latent set, absolute.
+        manifest: Its manifest.
+        view: How samples are looked at.
     """
 
-    statistics: FrechetStatistics
-    agreeing: int
-    shown: dict[tuple[int, int], Tensor]
+    protocol: Protocol
+    data_uri: str
+    manifest: LatentManifest
+    view: View
 
-    def merge(self, other: Measured) -> Measured:
-        """Add another part, in place."""
-        self.statistics.merge(other.statistics)
-        self.agreeing += other.agreeing
-        self.shown |= other.shown
-        return self
+    def shown_number(self, index: int, label: int) -> int | None:
+        """Which of the kept images of its label sample `index` is; None: it is not kept."""
+        number = index // self.manifest.num_classes
+        kept = label < self.view.shown_classes and number < self.view.shown_samples
+        return number if kept else None
 
-    @property
-    def agreement(self) -> float:
-        """Share of images seen as their label."""
-        return self.agreeing / self.statistics.count
+    def parts(self) -> list[tuple[int, int]]:
+        """Stretches of equally many samples."""
+        samples = self.protocol.samples
+        return list(pairwise(samples * part // PARTS for part in range(PARTS + 1)))
 
 
-class Evaluator:
-    """One process's share: models stay loaded between blocks. Runs in an actor, or by itself."""
+class Viewer:
+    """One process's share: the extractor stays loaded between pieces."""
 
-    def __init__(self, workload: Workload) -> None:
-        self._load = workload
-        self._device = torch.device(workload.device)
-        if workload.device == "cpu":
+    def __init__(self, view: View) -> None:
+        self._view = view
+        self._device = torch.device(view.device)
+        if view.device == "cpu":
             # An actor has one CPU, and its neighbours the others.
             torch.set_num_threads(1)
-        self._dtype = workload.protocol.dtype
-        self._extractor = load_features(workload.features_uri).to(self._device, self._dtype)
-        self._autoencoder = autoencoder_of(workload.manifest)
+        self._dtype = dtype_of(view.precision)
+        extractor = load_extractor(view.extractor, view.features_uri)
+        self._extractor = extractor.to(self._device, self._dtype)
+
+    def real(self, images: RealImages, piece: Any) -> Measured:
+        """A piece of some real images."""
+        total = Measured(self._extractor, self._view.keep)
+        numbers = [0] * self._view.shown_classes
+        for batch, labels in images.batches(piece, self._view.batch_size):
+            shown = {}
+            for image, label in zip(batch, labels.tolist(), strict=True):
+                if label < len(numbers) and numbers[label] < self._view.shown_samples:
+                    shown[label, numbers[label]] = image
+                    numbers[label] += 1
+            total.update(self._extractor(batch), labels, shown)
+        return total
+
+
+class Evaluator(Viewer):
+    """The same, with models. Runs in an actor, or by itself."""
+
+    def __init__(self, workload: Workload) -> None:
+        super().__init__(workload.view)
+        self._load = workload
+        self._autoencoder = autoencoder_of(workload.manifest).to(self._device, self._dtype)
         self._samplers: dict[str, Callable[[list[int], Tensor, int], Tensor]] = {}
 
-    def reference(self) -> Measured:
-        """The reference set, every row."""
-        seen: dict[int, int] = {}
-        total = self._nothing()
-        rows = self._load.batch_size
-        for images, labels in real_images(self._load.data_uri, self._load.manifest, rows):
-            shown = {}
-            for image, label in zip(images, labels.tolist(), strict=True):
-                number = seen.get(label, 0)
-                seen[label] = number + 1
-                if label < self._load.shown_classes and number < self._load.shown_samples:
-                    shown[label, number] = image
-            total.merge(self._measure(images, labels, shown))
-        return total
+    def reference(self, file: ReferenceFile) -> Reference:
+        """What samples are compared with, made here if need be."""
+
+        def look(images: RealImages) -> Iterator[Measured]:
+            return (self.real(images, piece) for piece in images.pieces())
+
+        return open_reference(file, self._load, self._extractor, look)
 
     def block(self, artifact_uri: str, steps: int, start: int, stop: int) -> Measured:
         """The samples [start, stop) of the model at `artifact_uri` in `steps` steps."""
-        total = self._nothing()
-        for first in range(start, stop, self._load.batch_size):
-            last = min(first + self._load.batch_size, stop)
-            labels = self._load.protocol.sample_labels(first, last, self._load.manifest.num_classes)
-            seeds = self._load.protocol.sample_seeds(first, last)
+        total = Measured(self._extractor, self._view.keep_from(start))
+        classes, protocol = self._load.manifest.num_classes, self._load.protocol
+        for first in range(start, stop, self._view.batch_size):
+            last = min(first + self._view.batch_size, stop)
+            labels = protocol.sample_labels(first, last, classes)
+            seeds = protocol.sample_seeds(first, last)
             latents = self._sampler(artifact_uri)(seeds, labels, steps)
             images = quantise(self._autoencoder.decode(latents)).cpu()
-            classes = self._load.manifest.num_classes
-            shown = {
-                (index % classes, index // classes): image.clone()
-                for index, image in zip(range(first, last), images, strict=True)
-                if self._load.is_shown(index)
-            }
-            total.merge(self._measure(images, labels, shown))
+            shown = {}
+            for index, label, image in zip(
+                range(first, last), labels.tolist(), images, strict=True
+            ):
+                number = self._load.shown_number(index, label)
+                if number is not None:
+                    shown[label, number] = image.clone()
+            total.update(self._extractor(images), labels, shown)
         return total
 
     def _sampler(self, uri: str) -> Callable[[list[int], Tensor, int], Tensor]:
@@ -157,68 +207,155 @@ class Evaluator:
         self._samplers[uri] = sample
         return sample
 
-    def _measure(
-        self, images: Tensor, labels: Tensor, shown: dict[tuple[int, int], Tensor]
-    ) -> Measured:
-        features, logits = self._extractor(dequantise(images, self._dtype))
-        seen = logits.argmax(dim=1).cpu()
-        measured = self._nothing()
-        measured.statistics.update(features)
-        measured.agreeing = int((seen == labels).sum())
-        measured.shown = shown
-        return measured
 
-    def _nothing(self) -> Measured:
-        return Measured(FrechetStatistics(self._extractor.info.dimension), 0, {})
+def open_reference(
+    file: ReferenceFile,
+    workload: Workload,
+    extractor: Extractor,
+    look: Callable[[RealImages], Iterable[Measured]],
+) -> Reference:
+    """Read a reference, or make it of the latent set.
+
+    Args:
+        file: Where it lies, or is to lie.
+        workload: What is measured.
+        extractor: In whose features.
+        look: Looks at all pieces of some images, in their order.
+    """
+    view = workload.view
+    if file.exists:
+        return read_reference(file, extractor, look, view.keep)
+    images = DecodedSet(workload.data_uri, workload.manifest)
+    keep, shown = view.keep, view.shown_samples
+    return make_reference(file.uri, images, extractor, look, keep=keep, shown=shown)
 
 
-class Engine:
+class Pool:
     """Actors of the connected cluster; use as a context manager, which ends them.
 
     Args:
-        workload: What they need to know.
+        kind: `Viewer`, or a class of its.
+        given: What it is made of.
+        view: The view in that.
         actors: How many, each with one CPU, and one GPU where the device is ``cuda``.
     """
 
-    def __init__(self, workload: Workload, actors: int) -> None:
-        self._load = workload
+    def __init__(self, kind: type[Viewer], given: object, view: View, actors: int) -> None:
         remote = ray.remote(
             num_cpus=1,
-            num_gpus=int(workload.device == "cuda"),
+            num_gpus=int(view.device == "cuda"),
             max_restarts=_RESTARTS,
             max_task_retries=_RESTARTS,
-        )(Evaluator)
-        self._actors: list[Any] = [remote.remote(workload) for _ in range(actors)]
+        )(kind)
+        self._actors: list[Any] = [remote.remote(given) for _ in range(actors)]
 
-    def __enter__(self) -> Engine:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         for actor in self._actors:
             ray.kill(actor)
 
-    def reference(self) -> Measured:
-        """The reference set, on one actor."""
-        measured: Measured = ray.get(self._actors[0].reference.remote())
-        return measured
+    def real(self, images: RealImages) -> Iterator[Measured]:
+        """All pieces of some real images, in their order."""
+        return self.map(lambda actor, piece: actor.real.remote(images, piece), images.pieces())
 
-    def samples(self, artifact_uri: str, steps: int) -> Measured:
-        """All samples of the model at `artifact_uri` in `steps` steps."""
-        blocks = self._blocks(artifact_uri, steps)
-        total = next(blocks)
-        for block in blocks:
-            total.merge(block)
-        return total
+    def map(self, submit: Callable[[Any, Any], Any], work: Iterable[Any]) -> Iterator[Measured]:
+        """Results in the order of the work, whichever actor is faster."""
+        yield from ActorPool(self._actors).map(submit, list(work))
 
-    def _blocks(self, artifact_uri: str, steps: int) -> Iterator[Measured]:
-        """Results in the order of the samples, whichever actor is faster."""
-        samples = self._load.protocol.samples
-        ranges = [
-            (start, min(start + BLOCK_SAMPLES, samples))
-            for start in range(0, samples, BLOCK_SAMPLES)
-        ]
 
-        def submit(actor: Any, bounds: tuple[int, int]) -> Any:
-            return actor.block.remote(artifact_uri, steps, *bounds)
+class Engine(Pool):
+    """Actors that sample.
 
-        yield from ActorPool(self._actors).map(submit, ranges)
+    Args:
+        workload: What they need to know.
+        extractor: In whose features they measure.
+        actors: How many.
+        kept_uri: Folder for finished parts: a job that was interrupted goes on from them.
+    """
+
+    def __init__(
+        self, workload: Workload, extractor: Extractor, actors: int, kept_uri: str
+    ) -> None:
+        super().__init__(Evaluator, workload, workload.view, actors)
+        self._load, self._extractor, self._kept_uri = workload, extractor, kept_uri
+
+    def reference(self, file: ReferenceFile) -> Reference:
+        """What samples are compared with, made by the actors if need be."""
+        return open_reference(file, self._load, self._extractor, self.real)
+
+    def samples(self, model: ArtifactInfo, steps: int) -> list[Measured]:
+        """All samples of a model in `steps` steps, in parts of equally many."""
+        load = self._load
+        progress = _Progress(f"{model.config.role} at {steps} step(s)", load.protocol.samples)
+        names = {
+            bounds: storage.join(
+                self._kept_uri,
+                f"{load.protocol.id}-{model.sha256[:12]}-{steps}-{bounds[0]}.safetensors",
+            )
+            for bounds in load.parts()
+        }
+        missing = [bounds for bounds, kept in names.items() if not storage.exists(kept)]
+        # Of all parts in one stream, so that no actor waits for the end of a part.
+        blocks = self.map(
+            lambda actor, block: actor.block.remote(model.uri, steps, *block),
+            (block for bounds in missing for block in _blocks(*bounds)),
+        )
+        parts = []
+        for bounds, kept in names.items():
+            part = Measured(self._extractor, load.view.keep_from(bounds[0]))
+            if bounds in missing:
+                for _ in _blocks(*bounds):
+                    part.merge(block := next(blocks))
+                    progress.add(block.statistics.count)
+                storage.write_bytes(kept, safetensors.torch.save(part.state_dict()))
+            else:
+                part.load_state_dict(safetensors.torch.load(storage.read_bytes(kept)))
+                progress.skip(bounds[1] - bounds[0])
+            parts.append(part)
+        return parts
+
+    def forget(self) -> None:
+        """Delete what would be gone on from."""
+        for name in storage.list_files(self._kept_uri):
+            storage.delete_file(storage.join(self._kept_uri, name))
+
+
+def _blocks(start: int, stop: int) -> Iterator[tuple[int, int]]:
+    for first in range(start, stop, BLOCK_SAMPLES):
+        yield first, min(first + BLOCK_SAMPLES, stop)
+
+
+class _Progress:
+    """Lines on the terminal, no more often than every few seconds."""
+
+    _SECONDS = 5.0
+
+    def __init__(self, what: str, total: int) -> None:
+        self._what, self._total = what, total
+        self._done = self._computed = 0
+        self._start: float | None = None
+        self._told = time.monotonic()
+
+    def skip(self, samples: int) -> None:
+        """That many were there already."""
+        self._done += samples
+
+    def add(self, samples: int) -> None:
+        """That many were computed."""
+        self._done += samples
+        now = time.monotonic()
+        if self._start is None:
+            # What it took till now was starting, too.
+            self._start = now
+            return
+        self._computed += samples
+        if now - self._told < self._SECONDS:
+            return
+        self._told, speed = now, self._computed / (now - self._start)
+        print(
+            f"{self._what} {self._done / self._total:4.0%}  {self._done:,}/{self._total:,} samples"
+            f"  {speed:,.1f} images/s  {time_left(self._done, self._total, speed)}",
+            flush=True,
+        )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,21 +10,25 @@ from facm_core.metrics import self_test
 from facm_platform.cluster import connected, require_cpus
 from facm_platform.config import JobResult
 from facm_platform.evaluation.config import EvaluateConfig, check_together
-from facm_platform.evaluation.engine import Engine, Measured, Workload
-from facm_platform.evaluation.features import FeatureExtractor, load_features
-from facm_platform.evaluation.protocol import Protocol
+from facm_platform.evaluation.engine import Engine, View, Workload
+from facm_platform.evaluation.extractor import Extractor
+from facm_platform.evaluation.extractors import load_extractor
+from facm_platform.evaluation.measured import Reference, Score, Shown, score
+from facm_platform.evaluation.protocol import Protocol, check_published
+from facm_platform.evaluation.reference import ReferenceFile, find_reference, reference_name
 from facm_platform.evaluation.report import (
     SHEET,
     EvaluationResult,
-    Score,
     as_card,
     as_json,
+    as_metrics,
     as_table,
 )
 from facm_platform.evaluation.sheet import Group, draw_sheet
 from facm_platform.latents import LatentManifest
 from facm_platform.registry import Artifact, load_artifact
 from facm_platform.registry.artifact import CARD, CONFIG, OBJECTIVES, WEIGHTS
+from facm_platform.registry.reproduction import write_samples
 from facm_platform.registry.versions import Version, register_version
 from facm_platform.storage import absolute, check_reachable, join, local_copy, write_bytes
 from facm_platform.tracking import (
@@ -42,6 +45,11 @@ __all__ = ["EvaluateConfig", "EvaluatePlan", "prepare"]
 # The sheet is for the eye: of a thousand classes it shows the first.
 _SHEET_CLASSES, _SHEET_SAMPLES = 20, 3
 _MODEL_FOLDER = "model"
+# Of the run's folder: finished parts of an evaluation under way.
+_KEPT = "parts"
+
+_Scores = dict[str, dict[int, Score]]
+_Shown = dict[str, dict[int, Shown]]
 
 
 @dataclass(frozen=True)
@@ -51,7 +59,8 @@ class EvaluatePlan:
     config: EvaluateConfig
     folder_uri: str
     manifest: LatentManifest
-    features: FeatureExtractor
+    features: Extractor
+    reference: ReferenceFile
     student: Artifact
     teacher: Artifact | None
 
@@ -59,11 +68,15 @@ class EvaluatePlan:
     def protocol(self) -> Protocol:
         """Meaning of the numbers."""
         return Protocol(
-            extractor=self.features.info.name,
+            name=self.config.protocol,
+            extractor=self.features.name,
             extractor_sha256=self.features.sha256,
-            reference_sha256=self.manifest.sha256,
+            reference_sha256=self.reference.sha256,
             samples=self.config.samples,
             seed=self.config.seed,
+            label_policy=self.config.label_policy,
+            resize=self.features.resize,
+            precision=self.features.precision,
         )
 
     def describe(self) -> str:
@@ -75,11 +88,16 @@ class EvaluatePlan:
         return (
             f"evaluate {self.config.run.name}: {steps}, {self.config.samples:,} samples each, on "
             f"{self.config.actors} actors, to {self.folder_uri}\n"
-            f"protocol: {self.protocol.id} (features {self.features.uri}, test accuracy "
-            f"{self.features.accuracy:.2%}; reference {self.manifest.rows:,} rows)\n"
+            f"protocol: {self.protocol.id} (features {self.features.describe}; reference "
+            f"{self.reference.uri}{self._to_make})\n"
             f"student: {self.student.uri} (sha256 {self.student.sha256})"
             + (f"\nregister as {register}, challenger" if register else "")
         )
+
+    @property
+    def _to_make(self) -> str:
+        rows = f"{self.manifest.rows:,}"
+        return "" if self.reference.exists else f", to be made of {rows} rows"
 
     def execute(self) -> JobResult:
         """Evaluate and say where everything is."""
@@ -100,15 +118,8 @@ class EvaluatePlan:
         run = open_run(store, config.run.name, job="evaluate", config=config, tags=tags)
         with run, connected():
             require_cpus("actors", config.actors, spare=0)
-            reference, measured = self._measure()
-            scores = {
-                model: {
-                    steps: Score(part.statistics.distance(reference.statistics), part.agreement)
-                    for steps, part in by_steps.items()
-                }
-                for model, by_steps in measured.items()
-            }
-            self._write_report(run, reference, measured, scores)
+            reference, shown, scores = self._measure()
+            self._write_report(run, reference, shown, scores)
             version = self._register(run, scores)
             result = EvaluationResult(
                 run_id=run.run_id,
@@ -122,40 +133,47 @@ class EvaluatePlan:
             run.log_metrics(result.metrics(), images_seen=self.student.config.images_seen)
         return result
 
-    def _measure(self) -> tuple[Measured, dict[str, dict[int, Measured]]]:
+    def _measure(self) -> tuple[Reference, _Shown, _Scores]:
         """The reference, and every model at each of its step counts; the teacher first."""
         workload = Workload(
             protocol=self.protocol,
             data_uri=absolute(self.config.data.uri, "data.uri"),
             manifest=self.manifest,
-            features_uri=self.features.uri,
-            shown_classes=min(self.manifest.num_classes, _SHEET_CLASSES),
-            shown_samples=_SHEET_SAMPLES,
-            batch_size=self.config.batch_size,
-            device="cuda" if self.config.gpu else "cpu",
+            view=View.of(
+                self.features,
+                self.config.extractor,
+                shown_classes=min(self.manifest.num_classes, _SHEET_CLASSES),
+                shown_samples=_SHEET_SAMPLES,
+                keep=self.protocol.kept_features,
+                batch_size=self.config.batch_size,
+                gpu=self.config.gpu,
+            ),
         )
-        todo = [("student", self.student.uri, steps) for steps in self.config.nfe]
+        todo = [("student", self.student, steps) for steps in self.config.nfe]
         if self.teacher is not None:
-            todo[:0] = [("teacher", self.teacher.uri, steps) for steps in self.config.teacher_nfe]
-        measured: dict[str, dict[int, Measured]] = {}
-        with Engine(workload, self.config.actors) as engine:
-            reference = engine.reference()
-            for model, uri, steps in todo:
-                part = engine.samples(uri, steps)
-                measured.setdefault(model, {})[steps] = part
-                fid = part.statistics.distance(reference.statistics)
-                print(
-                    f"{model} at {steps} step(s): FID {fid:.2f}, agreement {part.agreement:.1%}",
-                    flush=True,
-                )
-        return reference, measured
+            todo[:0] = [("teacher", self.teacher, steps) for steps in self.config.teacher_nfe]
+        shown: _Shown = {}
+        scores: _Scores = {}
+        kept_uri = join(self.folder_uri, _KEPT)
+        with Engine(workload, self.features, self.config.actors, kept_uri) as engine:
+            reference = engine.reference(self.reference)
+            for model, artifact, steps in todo:
+                parts = engine.samples(artifact.info, steps)
+                found = score(parts, reference)
+                scores.setdefault(model, {})[steps] = found
+                images = {key: image for part in parts for key, image in part.shown.items()}
+                shown.setdefault(model, {})[steps] = images
+                told = ", ".join(f"{k} {v:.4g}" for k, v in as_metrics(found, steps).items())
+                print(f"{model} at {steps} step(s): {told}", flush=True)
+            engine.forget()
+        return reference, shown, scores
 
     def _write_report(
         self,
         run: Run,
-        reference: Measured,
-        measured: Mapping[str, Mapping[int, Measured]],
-        scores: Mapping[str, Mapping[int, Score]],
+        reference: Reference,
+        shown: _Shown,
+        scores: _Scores,
     ) -> None:
         """Sheet, table and JSON into the run's folder and MLflow; the card beside the student."""
         card = as_card(self.student.config, self.student.sha256, self.protocol, scores).encode()
@@ -169,21 +187,25 @@ class EvaluatePlan:
         with tempfile.TemporaryDirectory(prefix="facm-") as folder:
             sheet = Path(folder) / SHEET
             classes = min(self.manifest.num_classes, _SHEET_CLASSES)
-            draw_sheet(sheet, _groups(reference, measured, scores), classes, _SHEET_SAMPLES)
+            draw_sheet(sheet, _groups(reference.shown, shown, scores), classes, _SHEET_SAMPLES)
             run.log_artifact(sheet)
             for uri in (self.folder_uri, self.student.uri):
                 write_bytes(join(uri, SHEET), sheet.read_bytes())
         write_bytes(join(self.student.uri, CARD), card)
 
-    def _register(self, run: Run, scores: Mapping[str, Mapping[int, Score]]) -> Version | None:
+    def _register(self, run: Run, scores: _Scores) -> Version | None:
         """Copy the student's artefact to the run and make it the challenger."""
         if self.config.register_as is None:
             return None
         with local_copy(self.student.uri) as folder:
             for name in (WEIGHTS, CONFIG, CARD, SHEET):
                 run.log_artifact(folder / name, _MODEL_FOLDER)
+        with tempfile.TemporaryDirectory(prefix="facm-") as made:
+            run.log_artifact(write_samples(Path(made), self.student), _MODEL_FOLDER)
         tags = self._lineage() | {
-            f"fid_nfe{steps}": repr(score.fid) for steps, score in scores["student"].items()
+            name: repr(value)
+            for steps, found in scores["student"].items()
+            for name, value in as_metrics(found, steps).items()
         }
         method = OBJECTIVES[self.student.config.objective]
         description = f"{method} student, {as_table(self.protocol, scores)}"
@@ -215,30 +237,30 @@ def prepare(config: EvaluateConfig) -> EvaluatePlan:
     check_reachable(storage_uri, "run.storage_uri")
     check_store(config.run.tracking, embedded_root(config.run.storage_uri))
     manifest = LatentManifest.load(config.data.uri)
-    features = load_features(config.features_uri)
+    features = load_extractor(config.extractor, config.features_uri)
     student = load_artifact(config.student_uri, "student_uri")
     teacher = None
     if config.teacher_uri is not None:
         teacher = load_artifact(config.teacher_uri, "teacher_uri")
     check_together(config, manifest, features, student, teacher)
     folder_uri = join(storage_uri, config.run.name)
-    return EvaluatePlan(config, folder_uri, manifest, features, student, teacher)
+    kept_uri = join(folder_uri, reference_name(features, manifest))
+    reference = find_reference(config.reference_uri or kept_uri, features, manifest)
+    plan = EvaluatePlan(config, folder_uri, manifest, features, reference, student, teacher)
+    check_published("protocol", plan.protocol)
+    return plan
 
 
-def _groups(
-    reference: Measured,
-    measured: Mapping[str, Mapping[int, Measured]],
-    scores: Mapping[str, Mapping[int, Score]],
-) -> list[Group]:
+def _groups(real: Shown, shown: _Shown, scores: _Scores) -> list[Group]:
     """Real images; the teacher at its most and its fewest steps; the student at each."""
-    groups = [Group("real", "the latent set", reference.shown)]
-    teacher = measured.get("teacher", {})
+    groups = [Group("real", "the reference", real)] if real else []
+    teacher = shown.get("teacher", {})
     # The dictionary drops the second of two equal counts.
     ends = dict.fromkeys((max(teacher), min(teacher))) if teacher else {}
     columns = [("teacher", steps) for steps in ends]
-    columns += [("student", steps) for steps in sorted(measured["student"])]
+    columns += [("student", steps) for steps in sorted(shown["student"])]
     for model, steps in columns:
         noun = "step" if steps == 1 else "steps"
         subheading = f"{steps} {noun} · FID {scores[model][steps].fid:.3g}"
-        groups.append(Group(model, subheading, measured[model][steps].shown))
+        groups.append(Group(model, subheading, shown[model][steps]))
     return groups

@@ -16,7 +16,11 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from facm_core.autoencoders import ImageShape
 from facm_core.errors import InvalidInputError, require
+from facm_platform.evaluation.extractor import Extractor, Seen
+from facm_platform.evaluation.protocol import dequantise
+from facm_platform.latents import LatentManifest
 from facm_platform.storage import absolute, join, node_copy, write_bytes
 
 WEIGHTS, DESCRIPTION = "features.safetensors", "features.json"
@@ -83,25 +87,44 @@ class Classifier(nn.Module):
         return features, self.head(features)
 
 
-class FeatureExtractor:
+class FeatureExtractor(Extractor):
     """A fitted classifier.
 
     Attributes:
-        uri: Where it lies, absolute.
         info: What it is.
-        sha256: Of its weights file.
     """
 
     def __init__(self, network: Classifier, uri: str, info: FeaturesInfo, sha256: str) -> None:
+        super().__init__(uri, sha256, name=info.name, dimension=info.dimension)
+        self.classes = info.num_classes
         self._network = network.eval().requires_grad_(False)
-        self.uri = uri
         self.info = info
-        self.sha256 = sha256
 
     @property
     def accuracy(self) -> float:
         """Share of held-out images that it classifies rightly."""
         return self.info.test_accuracy
+
+    @property
+    def describe(self) -> str:
+        """With how good it is."""
+        return f"{super().describe}, test accuracy {self.accuracy:.2%}"
+
+    def check(self, field: str, shape: ImageShape, manifest: LatentManifest | None = None) -> None:
+        """It was fitted to one latent set."""
+        info = self.info
+        facts: list[tuple[str, object, object]] = [
+            ("images", (info.channels, info.size, info.size), shape)
+        ]
+        if manifest is not None:
+            facts += [
+                ("classes", info.num_classes, manifest.num_classes),
+                ("latent set", info.latent_manifest_sha256, manifest.sha256),
+            ]
+        again = "Fit one to this latent set with jobs/fit_features.py"
+        for what, ours, theirs in facts:
+            problem = f"its {what} was {ours}, here it is {theirs}"
+            require(ours == theirs, field, self.uri, problem, again)
 
     def to(self, device: torch.device, dtype: torch.dtype) -> FeatureExtractor:
         """Moved and converted in place; returns self."""
@@ -109,11 +132,11 @@ class FeatureExtractor:
         return self
 
     @torch.no_grad()
-    def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Features (B, dimension) and logits (B, num_classes) of images (B, C, S, S) in [-1, 1]."""
+    def __call__(self, images: Tensor) -> Seen:
+        """Its penultimate layer, and the classes of the latent set."""
         parameter = next(self._network.parameters())
-        features, logits = self._network(images.to(parameter))
-        return features, logits
+        features, logits = self._network(dequantise(images.to(parameter.device), parameter.dtype))
+        return Seen(features, logits, labels=logits.argmax(dim=1))
 
 
 def save_features(uri: str, network: Classifier, info: FeaturesInfo) -> FeatureExtractor:

@@ -17,7 +17,7 @@ from facm_platform.config import JobResult
 from facm_platform.config.sections import DataConfig, RunConfig
 from facm_platform.evaluation.features import Classifier, FeaturesInfo, save_features
 from facm_platform.evaluation.protocol import dequantise
-from facm_platform.evaluation.real import image_shape, real_images
+from facm_platform.evaluation.real import DecodedSet, image_shape
 from facm_platform.latents import LatentManifest
 from facm_platform.storage import absolute, check_reachable
 from facm_platform.tracking import (
@@ -135,7 +135,8 @@ def fit(
     Returns:
         The network and its accuracy on the held-out rows.
     """
-    batches = list(real_images(uri, manifest, batch_rows=256))
+    real = DecodedSet(uri, manifest)
+    batches = [batch for piece in real.pieces() for batch in real.batches(piece, 256)]
     images = dequantise(torch.cat([images for images, _ in batches]), torch.float32)
     labels = torch.cat([labels for _, labels in batches])
     order = torch.randperm(len(images), generator=Generator().manual_seed(0))

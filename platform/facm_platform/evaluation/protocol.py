@@ -7,8 +7,13 @@ import hashlib
 import json
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from facm_core.errors import InvalidInputError
+
+LABEL_POLICIES = ("balanced", "random")
 
 # One stride between seeds: the samples of two seeds never share noise.
 _SEED_STRIDE = 2**32
@@ -21,15 +26,19 @@ class Protocol:
     Attributes:
         extractor: Name of the feature extractor.
         extractor_sha256: Hash of its weights.
-        reference_sha256: Hash of the manifest of the latent set that is the reference: every row,
-            decoded and prepared like the samples.
+        reference_sha256: Hash of what the samples are compared with: the manifest of a latent set
+            (every row, decoded and prepared like the samples), or a file of statistics.
         samples: Number of samples.
         seed: Sample i draws all its noise from ``seed · 2³² + i``, whoever computes it.
-        label_policy: ``balanced``: sample i has label i mod num_classes.
+        label_policy: ``balanced``: sample i has label i mod num_classes; ``random``: each label is
+            drawn uniformly, by the seed and i.
         quantisation: ``uint8-round``: to the nearest of 256 levels of [-1, 1], half to even.
-        resize: ``none``: the extractor sees images at their own size.
+        resize: How the extractor makes its size of them; ``none``: it sees them as they are.
         precision: Floating type of network, decoder and extractor. In float32 a batch of another
             size rounds differently, and now and then a pixel falls to another grey level.
+        kept_features: Kernel distance, precision and recall are of so many features a side, the
+            first ones.
+        name: Of the published protocol that it is; None for one of our own.
     """
 
     extractor: str
@@ -41,18 +50,15 @@ class Protocol:
     quantisation: str = "uint8-round"
     resize: str = "none"
     precision: str = "float64"
+    kept_features: int = 10_000
+    name: str | None = None
 
     @property
     def id(self) -> str:
         """Readable name and a hash of every field; equal ids, comparable numbers."""
         canonical = json.dumps(dataclasses.asdict(self), sort_keys=True)
         digest = hashlib.sha256(canonical.encode()).hexdigest()[:12]
-        return f"{self.extractor}-{self.samples}-{digest}"
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """`precision` as torch names it."""
-        return {"float32": torch.float32, "float64": torch.float64}[self.precision]
+        return f"{self.name or f'{self.extractor}-{self.samples}'}-{digest}"
 
     def sample_seeds(self, start: int, stop: int) -> list[int]:
         """Seeds of the samples [start, stop)."""
@@ -60,7 +66,41 @@ class Protocol:
 
     def sample_labels(self, start: int, stop: int, num_classes: int) -> Tensor:
         """Labels of the samples [start, stop), int64."""
-        return torch.arange(start, stop) % num_classes
+        if self.label_policy == "balanced":
+            return torch.arange(start, stop) % num_classes
+        draws = [np.random.default_rng((self.seed, i)) for i in range(start, stop)]
+        return torch.tensor([int(draw.integers(num_classes)) for draw in draws])
+
+
+PUBLISHED: dict[str, dict[str, object]] = {
+    # The weights: torch-fidelity's weights-inception-2015-12-05-6726825d.pth.
+    "adm-imagenet256-50k": {
+        "extractor": "inception-v3-tf",
+        "extractor_sha256": "6726825d",
+        "samples": 50_000,
+        "label_policy": "balanced",
+    },
+}
+"""Name -> what a protocol of that name has; of hashes, how they begin."""
+
+
+def check_published(field: str, protocol: Protocol) -> None:
+    """Raise `InvalidInputError` unless the protocol is what its name says."""
+    if protocol.name is None:
+        return
+    differing = [
+        f"{name} is {getattr(protocol, name)!r}, not {wanted!r}"
+        for name, wanted in PUBLISHED[protocol.name].items()
+        if not str(getattr(protocol, name)).startswith(str(wanted))
+    ]
+    if differing:
+        remedy = "Use what the protocol says, or leave its name away"
+        raise InvalidInputError(field, protocol.name, "; ".join(differing), remedy)
+
+
+def dtype_of(precision: str) -> torch.dtype:
+    """The floating type that a protocol names."""
+    return {"float32": torch.float32, "float64": torch.float64}[precision]
 
 
 def quantise(images: Tensor) -> Tensor:

@@ -4,27 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from facm_platform.evaluation.measured import Score
 from facm_platform.evaluation.protocol import Protocol
 from facm_platform.registry import ArtifactConfig
 from facm_platform.registry.artifact import OBJECTIVES
 
 SHEET = "samples.png"
-
-
-@dataclass(frozen=True)
-class Score:
-    """One model at one number of steps.
-
-    Attributes:
-        fid: Fréchet distance to the reference, in the features of the protocol.
-        agreement: Share of samples that the extractor sees as the class asked for.
-    """
-
-    fid: float
-    agreement: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,24 +32,37 @@ class EvaluationResult:
     run_id: str
     protocol: Protocol
     scores: Mapping[str, Mapping[int, Score]]
-    reference_agreement: float
+    reference_agreement: float | None
     sample_sheet: str
     model_name: str | None
     model_version: str | None
 
     def metrics(self) -> dict[str, float]:
-        """Flat names: ``fid_nfe1``, ``agreement_nfe1``; the teacher's with its name before."""
-        flat = {"reference_agreement": self.reference_agreement}
+        """Flat names: ``fid_nfe1``, ``fid_nfe1_error``; the teacher's with its name before."""
+        flat = {}
+        if self.reference_agreement is not None:
+            flat["reference_agreement"] = self.reference_agreement
         for model, by_steps in self.scores.items():
             prefix = "" if model == "student" else f"{model}_"
             for steps, score in by_steps.items():
-                flat[f"{prefix}fid_nfe{steps}"] = score.fid
-                flat[f"{prefix}agreement_nfe{steps}"] = score.agreement
+                flat |= {prefix + name: value for name, value in as_metrics(score, steps).items()}
         return flat
 
 
+def as_metrics(score: Score, steps: int) -> dict[str, float]:
+    """``fid_nfe1``, ``fid_nfe1_error``, ``precision_nfe1``, …: of what is known."""
+    flat = {}
+    for name, value in dataclasses.asdict(score).items():
+        what, _, detail = name.partition("_") if name.startswith("fid") else (name, "", "")
+        if value is not None:
+            flat[f"{what}_nfe{steps}" + (f"_{detail}" if detail else "")] = value
+    return flat
+
+
 def as_json(
-    protocol: Protocol, scores: Mapping[str, Mapping[int, Score]], reference_agreement: float
+    protocol: Protocol,
+    scores: Mapping[str, Mapping[int, Score]],
+    reference_agreement: float | None,
 ) -> str:
     """Protocol and scores as JSON text."""
     values = {
@@ -75,20 +76,34 @@ def as_json(
     return json.dumps(values, indent=2) + "\n"
 
 
+_COLUMNS: Mapping[str, Callable[[Score], str]] = {
+    "FID": lambda score: f"{score.fid:.2f} ± {score.fid_error:.2f}",
+    "FID∞": lambda score: f"{score.fid_infinity:.2f}",
+    "sFID": lambda score: _if_known(score.sfid, ".2f"),
+    "KID · 10³": lambda score: _if_known(score.kid and 1000 * score.kid, ".3g"),
+    "IS": lambda score: _if_known(score.inception_score, ".2f"),
+    "precision": lambda score: _if_known(score.precision, ".3f"),
+    "recall": lambda score: _if_known(score.recall, ".3f"),
+    "agreement": lambda score: _if_known(score.agreement, ".1%"),
+}
+
+
 def as_table(protocol: Protocol, scores: Mapping[str, Mapping[int, Score]]) -> str:
-    """Markdown: one row per number of steps, FID and agreement of each model."""
-    models = list(scores)
-    steps = sorted({steps for by_steps in scores.values() for steps in by_steps})
-    head = ["steps"] + [f"{model} {what}" for model in models for what in ("FID", "agreement")]
-    lines = [head, ["---:"] * len(head)]
-    for count in steps:
-        cells = [str(count)]
-        for model in models:
-            score = scores[model].get(count)
-            cells += ["", ""] if score is None else [f"{score.fid:.2f}", f"{score.agreement:.1%}"]
-        lines.append(cells)
+    """Markdown: a row for each model at each number of steps; columns of what is known."""
+    rows = [
+        {"model": model, "steps": str(steps), **{name: cell(s) for name, cell in _COLUMNS.items()}}
+        for model, by_steps in scores.items()
+        for steps, s in by_steps.items()
+    ]
+    head = [name for name in rows[0] if any(row[name] for row in rows)]
+    lines = [head, ["---", *["---:"] * (len(head) - 1)]]
+    lines += [[row[name] for name in head] for row in rows]
     table = "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
     return f"{table}\n\nProtocol `{protocol.id}`.\n"
+
+
+def _if_known(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)
 
 
 def as_card(
@@ -116,9 +131,9 @@ def as_card(
         f"# Few-step generator, distilled by {OBJECTIVES[config.objective]}\n\n"
         f"![samples]({SHEET})\n\n"
         f"## Quality\n\n{as_table(protocol, scores)}\n"
-        f"FID over {protocol.samples:,} samples with balanced labels, in the features of "
-        f"`{protocol.extractor}` (sha256 `{protocol.extractor_sha256[:12]}…`), against every row "
-        "of the latent set; agreement is the share of samples that this extractor sees as the "
-        "class asked for.\n\n"
+        f"FID over {protocol.samples:,} samples with {protocol.label_policy} labels, in the "
+        f"features of `{protocol.extractor}` (sha256 `{protocol.extractor_sha256[:12]}…`), against "
+        f"the reference `{protocol.reference_sha256[:12]}…`; agreement is the share of samples "
+        "that this extractor sees as the class asked for.\n\n"
         "## Origin\n\n| | |\n|---|---|\n" + "\n".join(lines) + "\n"
     )

@@ -10,14 +10,18 @@ from pathlib import Path
 
 import mlflow.artifacts
 from mlflow.exceptions import MlflowException
-from mlflow.protos.databricks_pb2 import RESOURCE_ALREADY_EXISTS, ErrorCode
+from mlflow.protos.databricks_pb2 import (
+    RESOURCE_ALREADY_EXISTS,
+    RESOURCE_DOES_NOT_EXIST,
+    ErrorCode,
+)
 from mlflow.tracking import MlflowClient
 
 from facm_core.errors import require
 from facm_platform.tracking import Run
 from facm_platform.tracking.run import TAG_PREFIX
 
-CHALLENGER, CHAMPION = "challenger", "champion"
+CHALLENGER, CHAMPION, PREVIOUS = "challenger", "champion", "previous"
 
 
 @dataclass(frozen=True)
@@ -43,10 +47,14 @@ class Version:
         """Evaluation protocol of its FIDs."""
         return self.tags.get("protocol_id")
 
+    def metric(self, name: str) -> float | None:
+        """What it was measured to be, e.g. ``fid_nfe1``; None where it was not."""
+        value = self.tags.get(name)
+        return None if value is None else float(value)
+
     def fid(self, nfe: int) -> float | None:
         """Its FID at `nfe` steps, if it was measured."""
-        value = self.tags.get(f"fid_nfe{nfe}")
-        return None if value is None else float(value)
+        return self.metric(f"fid_nfe{nfe}")
 
     def __str__(self) -> str:
         return f"{self.model} version {self.number}"
@@ -87,7 +95,17 @@ def find_version(client: MlflowClient, model: str, alias: str) -> Version | None
     found = [m for m in client.search_registered_models(f"name = '{model}'") if m.name == model]
     if not found or alias not in found[0].aliases:
         return None
-    version = client.get_model_version(model, str(found[0].aliases[alias]))
+    return get_version(client, model, str(found[0].aliases[alias]))
+
+
+def get_version(client: MlflowClient, model: str, number: str) -> Version | None:
+    """The version of that number; None when there is none."""
+    try:
+        version = client.get_model_version(model, number)
+    except MlflowException as error:
+        if error.error_code != ErrorCode.Name(RESOURCE_DOES_NOT_EXIST):
+            raise
+        return None
     tags = {
         key.removeprefix(TAG_PREFIX): value
         for key, value in version.tags.items()

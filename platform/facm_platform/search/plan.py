@@ -40,6 +40,7 @@ from facm_platform.training.validation import distances
 
 IDENTITY, WINNER = "search.yaml", "winner.yaml"
 _JOB = "search"
+_REFERENCE = "reference.safetensors"
 
 
 @dataclass(frozen=True)
@@ -204,7 +205,7 @@ def varied(config: SearchConfig, values: Values) -> distill.DistillConfig:
         # From any of them another trial may go on.
         keep_checkpoints=images if config.algorithm.kind == PBT else 1,
     )
-    reference = storage.join(storage.absolute(config.run.storage_uri), config.run.name, "reference")
+    reference = storage.join(storage.absolute(config.run.storage_uri), config.run.name, _REFERENCE)
     validation = replace(config.validation, reference_uri=reference)
     workers = config.workers or given.workers
     return replace(given, train=train, workers=workers, validation=validation)

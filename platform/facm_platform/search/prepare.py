@@ -10,7 +10,7 @@ from dataclasses import replace
 from facm_core.errors import InvalidInputError, require
 from facm_platform import storage
 from facm_platform.evaluation.config import check_measure
-from facm_platform.evaluation.features import load_features
+from facm_platform.evaluation.extractors import load_extractor
 from facm_platform.search.config import GRID, PBT, SearchConfig
 from facm_platform.search.plan import IDENTITY, SearchPlan, identity, varied
 from facm_platform.search.space import Space, Values, parse
@@ -133,9 +133,9 @@ def _check_population(config: SearchConfig, space: Space) -> None:
 
 def _check_samples(config: SearchConfig, base: distill.DistillPlan) -> None:
     assert base.validation is not None
-    features = load_features(base.validation.features_uri)
+    features = load_extractor(base.validation.extractor, base.validation.features_uri)
     try:
-        check_measure(config.confirm.samples, features.uri, features, base.manifest)
+        check_measure(config.confirm.samples, features, base.manifest)
     except InvalidInputError as error:
         raise error.inside("confirm") from None
 

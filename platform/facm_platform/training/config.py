@@ -239,7 +239,8 @@ class ValidationConfig:
     """The FID of every checkpoint's average, by which the best ones are kept.
 
     Attributes:
-        features_uri: Feature extractor that jobs/fit_features.py wrote.
+        extractor: Kind of the feature extractor, as jobs/evaluate.py takes it.
+        features_uri: Its address.
         samples: Number of samples; a multiple of the number of classes.
         nfe: Step counts at which it is measured; the first one decides which checkpoints are best.
         batch_size: Samples at once: memory and speed only.
@@ -248,10 +249,11 @@ class ValidationConfig:
         gpu: Whether it has a GPU.
         target_fid: The run ends, as if it were at `train.images`, once a checkpoint is as good.
             None: it does not.
-        reference_uri: Where the statistics of the latent set are kept; several runs may share it.
-            None: in the run's folder.
+        reference_uri: What samples are compared with, as jobs/evaluate.py takes it; several runs
+            may share the file.
     """
 
+    extractor: str = "fitted"
     features_uri: str
     samples: int = 5000
     nfe: tuple[int, ...] = (1,)
@@ -266,8 +268,6 @@ class ValidationConfig:
         require_step_counts("nfe", self.nfe)
         batch = self.batch_size
         require(batch >= 1, "batch_size", batch, "below 1", "Use a whole number from 1")
-        few = "too few for ten parts, whose spread is the error of the FID"
-        require(self.samples >= 20, "samples", self.samples, few, "Use at least 20")
         require(self.seed >= 0, "seed", self.seed, "negative", "Use 0 or more")
         require(self.cpus > 0, "cpus", self.cpus, "not positive", "Use e.g. 0.25")
         target = self.target_fid

@@ -12,10 +12,10 @@ from facm_core.objectives import FACMConfig, MeanFlowConfig, SCMConfig
 from facm_platform.config import JobResult, config_hash, revised
 from facm_platform.config.sections import DataConfig, RunConfig
 from facm_platform.evaluation.config import check_measure
-from facm_platform.evaluation.features import load_features
+from facm_platform.evaluation.extractors import load_extractor
+from facm_platform.evaluation.reference import find_reference
 from facm_platform.latents import LatentManifest
 from facm_platform.registry import ArtifactInfo, load_artifact
-from facm_platform.storage import absolute
 from facm_platform.training.config import TrainConfig, ValidationConfig, WorkersConfig
 from facm_platform.training.run import (
     check_batch,
@@ -256,16 +256,14 @@ def _checked(config: ValidationConfig | None, manifest: LatentManifest) -> Valid
     if config is None:
         return None
     try:
-        features = load_features(config.features_uri)
-        check_measure(config.samples, config.features_uri, features, manifest)
+        features = load_extractor(config.extractor, config.features_uri)
+        check_measure(config.samples, features, manifest)
+        reference_uri = config.reference_uri
+        if reference_uri is not None:
+            reference_uri = find_reference(reference_uri, features, manifest).uri
     except InvalidInputError as error:
         raise error.inside("validation") from None
-    reference_uri = config.reference_uri
-    return replace(
-        config,
-        features_uri=features.uri,
-        reference_uri=reference_uri and absolute(reference_uri, "validation.reference_uri"),
-    )
+    return replace(config, features_uri=features.uri, reference_uri=reference_uri)
 
 
 def check_fit(config: DistillConfig, teacher: ArtifactInfo, manifest: LatentManifest) -> None:

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import json
 import tempfile
-from itertools import pairwise
 from pathlib import Path
 
-import safetensors.torch
 from ray.train import Checkpoint
 
-from facm_core.metrics import FrechetStatistics, distance_with_error
+from facm_core.metrics import distance_with_error
 from facm_platform import storage
-from facm_platform.evaluation.engine import Evaluator, Workload
-from facm_platform.evaluation.features import load_features
+from facm_platform.evaluation.engine import Evaluator, View, Workload
+from facm_platform.evaluation.extractors import load_extractor
 from facm_platform.evaluation.protocol import Protocol
+from facm_platform.evaluation.reference import find_reference, reference_name
 from facm_platform.tracking import MetricSender
 from facm_platform.training.config import error_name, fid_name
 from facm_platform.training.export import export
@@ -22,9 +21,6 @@ from facm_platform.training.task import TrainingTask
 
 VALIDATION = "validation"
 """Folder of a run that holds what was measured."""
-
-# Of the samples, from which the error is told.
-_PARTS = 10
 
 
 def measure(task: TrainingTask, checkpoint: Checkpoint) -> dict[str, float]:
@@ -75,43 +71,42 @@ def distances(
     """
     config, stream = task.validation, task.stream
     assert config is not None
-    features = load_features(config.features_uri)
+    extractor = load_extractor(config.extractor, config.features_uri)
+    name = reference_name(extractor, stream.manifest)
+    kept_uri = storage.join(task.folder_uri, VALIDATION, name)
+    file = find_reference(config.reference_uri or kept_uri, extractor, stream.manifest)
     protocol = Protocol(
-        extractor=features.info.name,
-        extractor_sha256=features.sha256,
-        reference_sha256=stream.manifest.sha256,
+        extractor=extractor.name,
+        extractor_sha256=extractor.sha256,
+        reference_sha256=file.sha256,
         samples=config.samples,
         seed=config.seed,
+        resize=extractor.resize,
+        precision=extractor.precision,
     )
     workload = Workload(
         protocol=protocol,
         data_uri=stream.uri,
         manifest=stream.manifest,
-        features_uri=config.features_uri,
-        shown_classes=0,
-        shown_samples=0,
-        batch_size=config.batch_size,
-        device="cuda" if config.gpu else "cpu",
+        view=View.of(
+            extractor,
+            config.extractor,
+            shown_classes=0,
+            shown_samples=0,
+            # Of those that may make the reference, which others may share.
+            keep=protocol.kept_features,
+            batch_size=config.batch_size,
+            gpu=config.gpu,
+        ),
     )
     evaluator = Evaluator(workload)
-    kept = config.reference_uri or storage.join(task.folder_uri, VALIDATION)
-    reference = _reference(evaluator, storage.join(kept, f"{protocol.id}.safetensors"))
-    edges = [config.samples * part // _PARTS for part in range(_PARTS + 1)]
+    reference = evaluator.reference(file).gaussian
     found: dict[str, float] = {}
     with tempfile.TemporaryDirectory(prefix="facm-validation-") as folder:
         student = str(Path(folder, "student"))
         exported = export(checkpoint_uri, student, sigma_rel)
         for steps in config.nfe:
-            blocks = [evaluator.block(student, steps, *edge) for edge in pairwise(edges)]
+            blocks = [evaluator.block(student, steps, *edge) for edge in workload.parts()]
             fid, error = distance_with_error([block.statistics for block in blocks], reference)
             found |= {fid_name(steps): fid, error_name(steps): error}
     return int(exported.metrics["images_seen"]), found
-
-
-def _reference(evaluator: Evaluator, kept: str) -> FrechetStatistics:
-    """Of every row of the latent set; computed once."""
-    if storage.exists(kept):
-        return FrechetStatistics.from_state_dict(safetensors.torch.load(storage.read_bytes(kept)))
-    statistics = evaluator.reference().statistics
-    storage.write_bytes(kept, safetensors.torch.save(statistics.state_dict()))
-    return statistics
