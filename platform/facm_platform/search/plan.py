@@ -236,7 +236,8 @@ class _Execution:
         finished = [record for record in self._trials if record.finished]
         if not finished:
             reasons = "; ".join(f"{r.name} {r.state} {r.reason}" for r in self._trials)
-            raise Refused(f"no trial has finished: {reasons}")
+            remedy = "Mend what failed, or --resume with more trials or budget.hours"
+            raise Refused(f"no trial has finished: {reasons}. {remedy}")
         finished.sort(key=lambda record: record.last[config.objective])
         candidates = self._candidates(finished[: config.confirm.top])
         self._confirm(candidates)

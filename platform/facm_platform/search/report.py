@@ -67,8 +67,9 @@ def _report(findings: Findings, plan: str, plots: Sequence[str]) -> str:
     parts = [
         f"# Search {config.run.name}",
         verdict,
-        f"Trial {winner.name} against the recipe `{config.recipe}`: {config.objective} lower by "
-        f"{gain:.2f}, joint standard error {joint:.2f}. Its recipe is `winner.yaml`: "
+        f"Trial {winner.name} against the recipe `{config.recipe}`: {config.objective} "
+        f"{'lower' if gain >= 0 else 'higher'} by {abs(gain):.2f}, joint standard error "
+        f"{joint:.2f}. Its recipe is `winner.yaml`: "
         "`python jobs/distill.py --recipe winner.yaml`.",
         "## Confirmed",
         _confirmed(findings),

@@ -201,16 +201,7 @@ class _Ledger(tune.Callback):
 
     def on_trial_start(self, iteration: int, trials: Any, trial: TuneTrial, **_: Any) -> None:
         """A trial begins, or goes on."""
-        begun = self._feed.trials[trial.trial_id]
-        record = self._records.get(begun.name) or Record(
-            number=begun.number,
-            name=begun.name,
-            params=begun.params,
-            values=begun.values,
-            runs=[begun.name],
-        )
-        self._started.setdefault(record.name, time.monotonic() - record.seconds)
-        self._keep(record)
+        self._keep(self._record(trial))
 
     def on_trial_result(
         self, iteration: int, trials: Any, trial: TuneTrial, result: dict[str, Any], **_: Any
@@ -241,9 +232,9 @@ class _Ledger(tune.Callback):
         self._ended(record)
 
     def on_trial_error(self, iteration: int, trials: Any, trial: TuneTrial, **_: Any) -> None:
-        """Its driver was lost."""
-        record = self._record(trial)
-        record.state, record.reason = FAILED, str(trial.get_error())
+        """Its driver was lost, or never began."""
+        record, error = self._record(trial), trial.get_error()
+        record.state, record.reason = FAILED, str(error or "its driver could not be started")
         self._ended(record)
 
     def close(self) -> None:
@@ -255,8 +246,16 @@ class _Ledger(tune.Callback):
             self._ended(record)
 
     def _record(self, trial: TuneTrial) -> Record:
-        record = self._records.get(self._feed.trials[trial.trial_id].name)
-        assert record is not None
+        """That of a trial, whose driver may have been lost before it began."""
+        begun = self._feed.trials[trial.trial_id]
+        record = self._records.get(begun.name) or Record(
+            number=begun.number,
+            name=begun.name,
+            params=begun.params,
+            values=begun.values,
+            runs=[begun.name],
+        )
+        self._started.setdefault(record.name, time.monotonic() - record.seconds)
         return record
 
     def _ended(self, record: Record) -> None:
