@@ -6,7 +6,7 @@ that one actor or many give the same bits. Inside a block every sample has its o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,13 +16,13 @@ from ray.util import ActorPool
 from torch import Tensor
 
 from facm_core.metrics import FrechetStatistics
-from facm_core.samplers import sample_consistency, sample_euler, sample_noise
 from facm_platform.evaluation.features import load_features
 from facm_platform.evaluation.protocol import Protocol, dequantise, quantise
 from facm_platform.evaluation.real import real_images
 from facm_platform.latents import LatentManifest
 from facm_platform.latents.autoencoder import autoencoder_of
 from facm_platform.registry import load_artifact
+from facm_platform.registry.generator import LatentSampler, latent_sampler
 
 BLOCK_SAMPLES = 500
 # A block is a pure function, so a lost actor is replaced and its block computed again.
@@ -98,7 +98,7 @@ class Evaluator:
         self._dtype = workload.protocol.dtype
         self._extractor = load_features(workload.features_uri).to(self._device, self._dtype)
         self._autoencoder = autoencoder_of(workload.manifest)
-        self._samplers: dict[str, Callable[[list[int], Tensor, int], Tensor]] = {}
+        self._samplers: dict[str, LatentSampler] = {}
 
     def reference(self) -> Measured:
         """The reference set, every row."""
@@ -133,29 +133,11 @@ class Evaluator:
             total.merge(self._measure(images, labels, shown))
         return total
 
-    def _sampler(self, uri: str) -> Callable[[list[int], Tensor, int], Tensor]:
-        """(seeds, labels, steps) -> latents, denormalised as the artefact says."""
-        if uri in self._samplers:
-            return self._samplers[uri]
-        artifact = load_artifact(uri, "artifact")
-        model, config = artifact.model.to(self._device, self._dtype), artifact.config
-        mean, std = torch.tensor(
-            [config.normalisation_mean, config.normalisation_std],
-            dtype=self._dtype,
-            device=self._device,
-        )[:, :, None, None]
-
-        def sample(seeds: list[int], labels: Tensor, steps: int) -> Tensor:
-            noise = sample_noise(config.latent_shape, seeds).to(self._device, self._dtype)
-            condition = labels.to(self._device)
-            if config.role == "student":
-                x = sample_consistency(model, noise, condition, steps=steps, seeds=seeds)
-            else:
-                x = sample_euler(model, noise, condition, steps=steps, guidance=config.guidance)
-            return x * std + mean
-
-        self._samplers[uri] = sample
-        return sample
+    def _sampler(self, uri: str) -> LatentSampler:
+        if uri not in self._samplers:
+            artifact = load_artifact(uri, "artifact")
+            self._samplers[uri] = latent_sampler(artifact, self._device, self._dtype)
+        return self._samplers[uri]
 
     def _measure(
         self, images: Tensor, labels: Tensor, shown: dict[tuple[int, int], Tensor]

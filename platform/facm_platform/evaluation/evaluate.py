@@ -26,6 +26,7 @@ from facm_platform.evaluation.sheet import Group, draw_sheet
 from facm_platform.latents import LatentManifest
 from facm_platform.registry import Artifact, load_artifact
 from facm_platform.registry.artifact import CARD, CONFIG, OBJECTIVES, WEIGHTS
+from facm_platform.registry.pyfunc import pyfunc_files
 from facm_platform.registry.versions import Version, register_version
 from facm_platform.storage import absolute, check_reachable, join, local_copy, write_bytes
 from facm_platform.tracking import (
@@ -176,12 +177,14 @@ class EvaluatePlan:
         write_bytes(join(self.student.uri, CARD), card)
 
     def _register(self, run: Run, scores: Mapping[str, Mapping[int, Score]]) -> Version | None:
-        """Copy the student's artefact to the run and make it the challenger."""
+        """Copy the student's artefact to the run, as a model that MLflow can run: the challenger."""
         if self.config.register_as is None:
             return None
         with local_copy(self.student.uri) as folder:
             for name in (WEIGHTS, CONFIG, CARD, SHEET):
                 run.log_artifact(folder / name, _MODEL_FOLDER)
+        with pyfunc_files(self.student.config) as folder:
+            run.log_artifact(folder, _MODEL_FOLDER)
         tags = self._lineage() | {
             f"fid_nfe{steps}": repr(score.fid) for steps, score in scores["student"].items()
         }
