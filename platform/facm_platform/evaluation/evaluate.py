@@ -177,7 +177,7 @@ class EvaluatePlan:
         write_bytes(join(self.student.uri, CARD), card)
 
     def _register(self, run: Run, scores: Mapping[str, Mapping[int, Score]]) -> Version | None:
-        """Copy the student's artefact to the run, as a model that MLflow can run: the challenger."""
+        """Copy the student's artefact to the run, for MLflow to run too: the challenger."""
         if self.config.register_as is None:
             return None
         with local_copy(self.student.uri) as folder:

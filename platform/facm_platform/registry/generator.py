@@ -1,4 +1,4 @@
-"""From class labels and seeds to pictures: the one way that evaluation, MLflow and serving share."""
+"""From class labels and seeds to pictures: one way, for evaluation, MLflow and serving."""
 
 from __future__ import annotations
 

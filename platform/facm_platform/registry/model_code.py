@@ -9,8 +9,8 @@ from typing import Any
 
 import mlflow.models
 import numpy as np
-import pandas as pd
-from mlflow.pyfunc import PythonModel, PythonModelContext
+import pandas as pd  # type: ignore[import-untyped]
+from mlflow.pyfunc.model import PythonModel, PythonModelContext
 
 from facm_platform.registry.generator import Generator
 

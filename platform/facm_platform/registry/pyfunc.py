@@ -1,7 +1,7 @@
 """What makes an artefact's folder a model that ``mlflow models predict`` and ``serve`` can run.
 
-The weights stay what they are, one safetensors file; MLflow runs `facm_platform.registry.model_code`
-from source ("models from code"). Nothing is pickled.
+The weights stay what they are, one safetensors file; MLflow runs `model_code.py` from source
+("models from code"). Nothing is pickled.
 """
 
 from __future__ import annotations
