@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+from collections.abc import Sequence
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -176,6 +177,18 @@ def problem(status: int, detail: str, headers: dict[str, str] | None = None) -> 
     # What a client sent may stand in it, and lone surrogates cannot be encoded.
     readable = detail.encode("utf-8", "backslashreplace").decode()
     return JSONResponse({"detail": readable}, status_code=status, headers=headers)
+
+
+def findings(errors: Sequence[Any]) -> list[str]:
+    """What pydantic finds, without the input: it may be long, or nothing that JSON can hold."""
+    told = []
+    for error in errors:
+        place = ".".join(str(part) for part in error["loc"] if part != "body")
+        text = str(error["msg"]).removeprefix("Value error, ")
+        if error["type"] == "json_invalid":
+            text, place = f"not JSON, at character {place}", ""
+        told.append(f"{place}: {text}" if place else text)
+    return told
 
 
 def explain(error: InvalidInputError) -> str:

@@ -68,7 +68,8 @@ class ServePlan:
 
     def execute(self) -> JobResult:
         """Serve until SIGINT or SIGTERM."""
-        with _stop_asked() as stop, self.running():
+        # Ray has handlers of its own, and puts them in their place when it starts.
+        with self.running(), _stop_asked() as stop:
             print(f"{self.loaded.version} is served at {self.address}", flush=True)
             if self.token_sha256 is None and not _is_loopback(self.config.host):
                 print(f"anybody who reaches it may use it: {TOKEN_VARIABLE} is not set", flush=True)

@@ -289,12 +289,7 @@ def _with_classes(schema: dict[str, Any], classes: int) -> dict[str, Any]:
 def _handle_errors(app: FastAPI) -> None:
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> Response:
-        # Without the input: it may be long, or nothing that JSON can hold.
-        findings = []
-        for found in error.errors():
-            place = ".".join(str(part) for part in found["loc"] if part != "body")
-            findings.append(f"{place}: {found['msg']}" if place else str(found["msg"]))
-        return contract.problem(422, "; ".join(findings))
+        return contract.problem(422, "; ".join(contract.findings(error.errors())))
 
     @app.exception_handler(StarletteHTTPException)
     async def refused(_: Request, error: StarletteHTTPException) -> Response:
