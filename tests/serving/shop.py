@@ -1,4 +1,4 @@
-"""A registered model to serve, and what its pictures must be: plain PyTorch, one sample at a time."""
+"""A registered model to serve, and what it must draw: plain PyTorch, one sample at a time."""
 
 from __future__ import annotations
 
