@@ -70,7 +70,7 @@ def wait_until(done: Callable[[], bool], seconds: float = 60) -> None:
         time.sleep(0.1)
 
 
-@pytest.mark.parametrize(("label", "seed", "steps"), [(3, 7, 1), (9, 2**63 - 1, 2), (0, 0, 8)])
+@pytest.mark.parametrize(("label", "seed", "steps"), [(3, 7, 1), (9, 2**53 - 1, 2), (0, 0, 8)])
 def test_it_draws_what_the_model_draws(served: Served, label: int, seed: int, steps: int) -> None:
     answer = generate(served, **ask_for(label, seed, steps))
     assert (answer.status, answer.headers["Content-Type"]) == (200, "image/png")
@@ -130,7 +130,7 @@ def test_a_seed_is_the_same_whatever_it_was_batched_with(served: Served) -> None
     ("body", "message"),
     [
         ('{"class": 10}', "class: the model has 10 classes. Use 0 to 9"),
-        ('{"class": 1e30}', "class: "),
+        ('{"class": 1e30}', "class: the model has 10 classes"),
         ('{"class": -1}', "class: Input should be greater"),
         ('{"class": "3"}', "class: Input should be a valid integer"),
         ('{"class": true}', "class: Input should be a valid integer"),
@@ -144,7 +144,7 @@ def test_a_seed_is_the_same_whatever_it_was_batched_with(served: Served) -> None
         ('{"class": 1, "steps": 9}', "steps: Input should be less than or equal to 8"),
         ('{"class": 1, "steps": 1.5}', "steps: Input should be a valid integer"),
         ('{"class": 1, "seed": -1}', "seed: Input should be greater"),
-        ('{"class": 1, "seed": 9223372036854775808}', "seed: Input should be less"),
+        ('{"class": 1, "seed": 9007199254740992}', "seed: Input should be less"),
         ('{"class": 1, "seed": "x"}', "seed: Input should be a valid integer"),
         ('{"class": 1, "count": 0}', "count: Input should be greater"),
         ('{"class": 1, "count": 9}', "count: Input should be less than or equal to 8"),
@@ -160,9 +160,7 @@ def test_a_seed_is_the_same_whatever_it_was_batched_with(served: Served) -> None
         (b"\xff\xfe\x00", ""),
     ],
 )
-def test_what_cannot_be_drawn_is_explained(
-    served: Served, body: str | bytes, message: str
-) -> None:
+def test_what_cannot_be_drawn_is_explained(served: Served, body: str | bytes, message: str) -> None:
     content = body if isinstance(body, bytes) else body.encode()
     answer = call(f"{served.url}/generate", content)
     assert 400 <= answer.status < 500, answer
@@ -225,7 +223,9 @@ def test_what_it_tells_of_itself(served: Served) -> None:
     page = call(f"{served.url}/")
     assert page.headers["Content-Type"].startswith("text/html")
     assert "default-src 'none'" in page.headers["Content-Security-Policy"]
-    assert b"http" not in page.content.replace(b"http-equiv", b""), "it loads nothing from elsewhere"
+    assert b"http" not in page.content.replace(b"http-equiv", b""), (
+        "it loads nothing from elsewhere"
+    )
     schema = json.loads(call(f"{served.url}/openapi.json").content)
     properties = schema["components"]["schemas"]["GenerateRequest"]["properties"]
     assert properties["class"]["maximum"] == 9

@@ -5,13 +5,13 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Sequence
-from typing import Any, Literal, Protocol
+from typing import Annotated, Any, Literal, Protocol
 
 import numpy as np
 from fastapi import Response
 from fastapi.responses import JSONResponse
 from PIL import Image
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from facm_core.errors import InvalidInputError, require
 from facm_platform.serving.config import LimitsConfig
@@ -20,6 +20,17 @@ from facm_platform.serving.model import Drawn, Order
 Pixels = np.ndarray[Any, Any]
 Format = Literal["png", "npy", "json"]
 NPY = "application/x-npy"
+# Larger integers do not survive every reader and writer of JSON.
+MAX_SEED = 2**53 - 1
+
+
+def _whole(value: Any) -> Any:
+    """JSON has one kind of number: 9.0 is the integer 9."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+# After the bounds, which the schema would not tell otherwise.
+WHOLE = BeforeValidator(_whole)
 
 
 class Request(Protocol):
@@ -53,21 +64,21 @@ def request_model(limits: LimitsConfig) -> type[Body]:
     class GenerateRequest(Body):
         """One or more images of a class."""
 
-        label: int = Field(alias="class", ge=0, description="Class to draw.")
-        steps: int | None = Field(
+        label: Annotated[int, Field(ge=0), WHOLE] = Field(
+            alias="class", description="Class to draw."
+        )
+        steps: Annotated[int, Field(ge=1, le=limits.steps), WHOLE] | None = Field(
             default=None,
-            ge=1,
-            le=limits.steps,
             description="Evaluations of the network; by default the fewest that the model is for.",
         )
-        seed: int | None = Field(
+        seed: Annotated[int, Field(ge=0, le=MAX_SEED), WHOLE] | None = Field(
             default=None,
-            ge=0,
-            lt=2**63,
             description="Image k is drawn with seed + k, and is the same whenever it is. "
             "By default one is drawn, and told in X-Seed.",
         )
-        count: int = Field(default=1, ge=1, le=limits.count, description="Images.")
+        count: Annotated[int, Field(ge=1, le=limits.count), WHOLE] = Field(
+            default=1, description="Images."
+        )
         format: Format = Field(
             default="png",
             description="png: the image itself, or JSON with several in base64. "
