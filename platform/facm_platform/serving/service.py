@@ -13,7 +13,7 @@ import secrets
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Annotated, Any, TypeAlias
 
 import ray
 from fastapi import Depends, FastAPI, HTTPException, Request, Response
@@ -24,7 +24,6 @@ from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError, RayServeException
 from ray.util.metrics import Counter, Histogram
 from starlette.exceptions import HTTPException as StarletteHTTPException
-from starlette.requests import HTTPConnection
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from facm_core.errors import InvalidInputError
@@ -132,7 +131,7 @@ def build_app(service: Service, config: ServeConfig, token_sha256: bytes | None)
     )
     app.add_middleware(BodyLimit, limit=config.limits.body_bytes)
     _handle_errors(app)
-    guard = [Depends(_Bearer(token_sha256))] if token_sha256 is not None else []
+    guard = [Depends(_bearer(token_sha256))] if token_sha256 is not None else []
     _add_drawing(app, service, config, guard)
     _add_looking(app, service, config, guard)
     return app
@@ -296,23 +295,18 @@ def _handle_errors(app: FastAPI) -> None:
         return contract.problem(error.status_code, error.detail, dict(error.headers or {}))
 
 
-class _Bearer(HTTPBearer):
-    """Lets requests with the right token pass."""
+def _bearer(token_sha256: bytes) -> Callable[..., Awaitable[None]]:
+    """A dependency that lets requests with the right token pass."""
+    scheme = HTTPBearer(scheme_name="bearer", auto_error=False)
 
-    def __init__(self, token_sha256: bytes) -> None:
-        super().__init__(scheme_name="bearer", auto_error=False)
-        self._expected = token_sha256
-
-    async def __call__(self, request: HTTPConnection[Any]) -> HTTPAuthorizationCredentials | None:
-        """Raise 401 without it."""
-        given = await super().__call__(request)
+    async def check(given: Annotated[HTTPAuthorizationCredentials | None, Depends(scheme)]) -> None:
         # Of hashes, in a time that tells nothing.
         digest = hashlib.sha256((given.credentials if given else "").encode()).digest()
-        if given is None or not hmac.compare_digest(digest, self._expected):
-            raise HTTPException(
-                401, "a bearer token is needed", headers={"WWW-Authenticate": "Bearer"}
-            )
-        return given
+        if given is None or not hmac.compare_digest(digest, token_sha256):
+            wanted = {"WWW-Authenticate": "Bearer"}
+            raise HTTPException(401, "a bearer token is needed", headers=wanted)
+
+    return check
 
 
 class BodyLimit:
