@@ -164,6 +164,8 @@ class ModelReplica:
         self._client = new_client(tracking_uri)
         self._device = "cuda" if config.replicas.gpu else "cpu"
         self._complaint = ""
+        self._free = asyncio.Event()
+        self._free.set()
         self._make_metrics()
         batching: Any = self._draw_batch
         batching.set_max_batch_size(config.batching.images)
@@ -214,15 +216,22 @@ class ModelReplica:
 
     async def draw(self, order: Order) -> Drawn | InvalidInputError:
         """Draw together with what others order meanwhile; an error is returned, not raised."""
+        # Serve closes a batch when its time is over, whether its turn has come or not. Those who
+        # come while another is at work are held back here, or each few would be one of their own.
+        await self._free.wait()
         return await self._draw_batch(order)
 
     @serve.batch(batch_size_fn=images_of)
     async def _draw_batch(self, orders: list[Order]) -> list[Drawn | InvalidInputError]:
+        self._free.clear()
         # Taken once, so that a whole batch is of one version.
         loaded = self._current
         begin = time.perf_counter()
-        # In a thread: this loop answers health checks, and fills the next batch.
-        results = await asyncio.to_thread(loaded.draw, orders)
+        try:
+            # In a thread: this loop answers health checks, and fills the next batch.
+            results = await asyncio.to_thread(loaded.draw, orders)
+        finally:
+            self._free.set()
         self._batch_seconds.observe(time.perf_counter() - begin)
         self._batch_images.observe(images_of(orders))
         self._images.inc(images_of(orders), tags={"version": loaded.version.number})
