@@ -12,14 +12,14 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from facm_core.models import LightningDiT
+from facm_core.models import LightningDiT, LightningDiTConfig
 from facm_core.samplers import sample_consistency, sample_noise
 from facm_platform.latents import LatentManifest
 from facm_platform.registry import ArtifactConfig
 from facm_platform.registry.pyfunc import pyfunc_files
 from facm_platform.registry.versions import CHAMPION, Version, register_version
 from facm_platform.tracking import Store, TrackingConfig, open_run
-from tests.small import artifact_config, write_digits, write_model
+from tests.small import ARCHITECTURE, artifact_config, write_digits, write_model
 
 MODEL = "digits"
 
@@ -31,11 +31,14 @@ class Shop:
     store: Store
     folder: Path
     manifest: LatentManifest
+    architecture: LightningDiTConfig = ARCHITECTURE
     versions: dict[str, Version] = field(default_factory=dict)
 
     @property
     def config(self) -> ArtifactConfig:
-        return artifact_config(self.manifest, role="student", objective="facm")
+        return artifact_config(
+            self.manifest, role="student", objective="facm", architecture=self.architecture
+        )
 
     def register(self, seed: int) -> Version:
         """A new version with weights of that seed."""
@@ -71,9 +74,9 @@ class Shop:
         return buffer.getvalue()
 
 
-def open_shop(store: Store, folder: Path) -> Shop:
+def open_shop(store: Store, folder: Path, architecture: LightningDiTConfig = ARCHITECTURE) -> Shop:
     """Two versions, of which the first is the champion."""
-    shop = Shop(store, folder, write_digits(folder / "digits", rows=200))
+    shop = Shop(store, folder, write_digits(folder / "digits", rows=200), architecture)
     shop.promote(shop.register(seed=1))
     shop.register(seed=2)
     return shop

@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import aiohttp
@@ -21,8 +22,11 @@ from facm_platform.serving.load import prepare as prepare_load
 from facm_platform.serving.plan import TOKEN_VARIABLE
 from facm_platform.tracking import Store
 from tests.conftest import free_port
-from tests.jobs.conftest import command, environment, last_line
+from tests.jobs.conftest import RunJob, command, environment, last_line, run_job
 from tests.serving.shop import MODEL, Shop, open_shop
+from tests.small import ARCHITECTURE
+
+__all__ = ["run_job"]  # a fixture of the jobs' room
 
 TOKEN = "correct horse battery staple"
 REQUESTS = 10_000
@@ -98,6 +102,31 @@ def test_ten_thousand_requests(
     assert len(load.latencies) == sum(drawn.values()) == REQUESTS
     assert set(drawn) == {"1", "2"}
     assert len(killed) == 1
+
+
+# Large enough for the network to be what takes the time, as it is with real ones.
+LARGE = replace(ARCHITECTURE, patch_size=8, hidden_size=512, depth=8, num_heads=8)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_batching_pays(store: Store, tmp_path: Path, run_job: RunJob) -> None:
+    """Three times the images of one-by-one requests at the same service, at least."""
+    shop = open_shop(store, tmp_path, LARGE)
+    with job(shop, tmp_path) as (url, _):
+
+        def load(requests: int, connections: int) -> dict[str, float]:
+            options = (f"url={url}", f"requests={requests}", f"connections={connections}")
+            done = run_job("load", *options, "steps=4")
+            assert done.returncode == 0, done.stderr
+            metrics: dict[str, float] = last_line(done.stdout)["metrics"]
+            print(connections, "connections:", metrics, flush=True)
+            return metrics
+
+        load(64, connections=64)
+        alone, together = load(60, connections=1), load(1000, connections=64)
+    assert together["status_200"] == 1000
+    assert together["images_per_second"] >= 3 * alone["images_per_second"]
 
 
 def kill_replica(log: Path) -> int:
