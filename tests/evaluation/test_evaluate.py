@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 import mlflow.artifacts
+import mlflow.models
 import pytest
 import ray
 from PIL import Image
@@ -97,6 +98,7 @@ def test_everything_it_leaves_in_an_embedded_store(
     copied = mlflow.artifacts.download_artifacts(version.source, tracking_uri=store.uri)
     assert load_artifact(copied).sha256 == plan.student.sha256
     assert (Path(copied) / "README.md").read_text() == card
+    assert mlflow.models.get_model_info(copied).signature.params is not None, "MLflow can run it"
 
     again = prepare(config(world, root)).execute()
     assert again.metrics == metrics, "the same numbers the second time"

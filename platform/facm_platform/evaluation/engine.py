@@ -16,9 +16,7 @@ import ray
 import safetensors.torch
 import torch
 from ray.util import ActorPool
-from torch import Tensor
 
-from facm_core.samplers import sample_consistency, sample_euler, sample_noise
 from facm_platform import storage
 from facm_platform.evaluation.extractor import Extractor
 from facm_platform.evaluation.extractors import load_extractor
@@ -30,6 +28,7 @@ from facm_platform.latents import LatentManifest
 from facm_platform.latents.autoencoder import autoencoder_of
 from facm_platform.progress import time_left
 from facm_platform.registry import ArtifactInfo, load_artifact
+from facm_platform.registry.generator import LatentSampler, latent_sampler
 
 PARTS = 10
 """Of the samples, from whose spread the error of a score is told."""
@@ -153,7 +152,7 @@ class Evaluator(Viewer):
         super().__init__(workload.view)
         self._load = workload
         self._autoencoder = autoencoder_of(workload.manifest).to(self._device, self._dtype)
-        self._samplers: dict[str, Callable[[list[int], Tensor, int], Tensor]] = {}
+        self._samplers: dict[str, LatentSampler] = {}
 
     def reference(self, file: ReferenceFile) -> Reference:
         """What samples are compared with, made here if need be."""
@@ -183,29 +182,11 @@ class Evaluator(Viewer):
             total.update(self._extractor(images), labels, shown)
         return total
 
-    def _sampler(self, uri: str) -> Callable[[list[int], Tensor, int], Tensor]:
-        """(seeds, labels, steps) -> latents, denormalised as the artefact says."""
-        if uri in self._samplers:
-            return self._samplers[uri]
-        artifact = load_artifact(uri, "artifact")
-        model, config = artifact.model.to(self._device, self._dtype), artifact.config
-        mean, std = torch.tensor(
-            [config.normalisation_mean, config.normalisation_std],
-            dtype=self._dtype,
-            device=self._device,
-        )[:, :, None, None]
-
-        def sample(seeds: list[int], labels: Tensor, steps: int) -> Tensor:
-            noise = sample_noise(config.latent_shape, seeds).to(self._device, self._dtype)
-            condition = labels.to(self._device)
-            if config.role == "student":
-                x = sample_consistency(model, noise, condition, steps=steps, seeds=seeds)
-            else:
-                x = sample_euler(model, noise, condition, steps=steps, guidance=config.guidance)
-            return x * std + mean
-
-        self._samplers[uri] = sample
-        return sample
+    def _sampler(self, uri: str) -> LatentSampler:
+        if uri not in self._samplers:
+            artifact = load_artifact(uri, "artifact")
+            self._samplers[uri] = latent_sampler(artifact, self._device, self._dtype)
+        return self._samplers[uri]
 
 
 def open_reference(

@@ -28,6 +28,7 @@ from facm_platform.evaluation.sheet import Group, draw_sheet
 from facm_platform.latents import LatentManifest
 from facm_platform.registry import Artifact, load_artifact
 from facm_platform.registry.artifact import CARD, CONFIG, OBJECTIVES, WEIGHTS
+from facm_platform.registry.pyfunc import pyfunc_files
 from facm_platform.registry.reproduction import write_samples
 from facm_platform.registry.versions import Version, register_version
 from facm_platform.storage import absolute, check_reachable, join, local_copy, write_bytes
@@ -194,14 +195,15 @@ class EvaluatePlan:
         write_bytes(join(self.student.uri, CARD), card)
 
     def _register(self, run: Run, scores: _Scores) -> Version | None:
-        """Copy the student's artefact to the run and make it the challenger."""
+        """Copy the student's artefact to the run, for MLflow to run too: the challenger."""
         if self.config.register_as is None:
             return None
         with local_copy(self.student.uri) as folder:
             for name in (WEIGHTS, CONFIG, CARD, SHEET):
                 run.log_artifact(folder / name, _MODEL_FOLDER)
-        with tempfile.TemporaryDirectory(prefix="facm-") as made:
-            run.log_artifact(write_samples(Path(made), self.student), _MODEL_FOLDER)
+        with pyfunc_files(self.student.config) as folder:
+            write_samples(folder, self.student)
+            run.log_artifact(folder, _MODEL_FOLDER)
         tags = self._lineage() | {
             name: repr(value)
             for steps, found in scores["student"].items()

@@ -9,19 +9,18 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from facm_core.models import LightningDiT
-from facm_core.samplers import sample_consistency, sample_noise
-from facm_platform.registry.artifact import Artifact, ArtifactConfig, load_artifact
+from facm_platform.registry.artifact import Artifact, load_artifact
+from facm_platform.registry.generator import latent_sampler
 
 SAMPLES = "samples.safetensors"
-"""Beside the weights: normalised latents of a student, in its first recommended step count."""
+"""Beside the weights: latents of a student, in its first recommended step count."""
 
 _COUNT = 16
 
 
 def write_samples(folder: Path, artifact: Artifact) -> Path:
     """Store samples of a student in `folder`, as they should lie beside its weights."""
-    latents = _latents(artifact.model, artifact.config)
+    latents = _latents(artifact)
     safetensors.torch.save_file({"latents": latents}, folder / SAMPLES)
     return folder / SAMPLES
 
@@ -39,7 +38,7 @@ def reproduces(folder: Path) -> str | None:
         return f"there are no samples ({SAMPLES}) to make again: evaluate it again"
     except SafetensorError as error:
         return f"{SAMPLES} is damaged: {error}"
-    found = _latents(artifact.model, artifact.config)
+    found = _latents(artifact)
     if found.shape != stored.shape:
         return f"its samples are {tuple(found.shape)}, the stored ones {tuple(stored.shape)}"
     differing = [i for i in range(len(found)) if not torch.equal(found[i], stored[i])]
@@ -49,17 +48,15 @@ def reproduces(folder: Path) -> str | None:
 
 
 @torch.no_grad()
-def _latents(model: LightningDiT, config: ArtifactConfig) -> Tensor:
+def _latents(artifact: Artifact) -> Tensor:
     """(16, C, H, W), computed in float64 on the CPU, rounded to float32.
 
     The last digits of float64 depend on the processor; those of float32, then, do not.
     """
-    seeds = list(range(_COUNT))
+    config, seeds = artifact.config, list(range(_COUNT))
     labels = torch.arange(_COUNT) % config.architecture.num_classes
-    noise = sample_noise(config.latent_shape, seeds).double()
-    steps = config.recommended_nfe[0]
+    sample = latent_sampler(artifact, torch.device("cpu"), torch.float64)
     try:
-        samples = sample_consistency(model.double(), noise, labels, steps=steps, seeds=seeds)
+        return sample(seeds, labels, config.recommended_nfe[0]).float()
     finally:
-        model.float()
-    return samples.float()
+        artifact.model.float()
