@@ -66,7 +66,7 @@ def test_everything_it_leaves_in_an_embedded_store(
     assert values["student"]["1"]["fid"] == metrics["fid_nfe1"]
     table = (root / "look/evaluation.md").read_text()
     head, _, *rows = table.splitlines()
-    assert head.startswith("| model | steps | FID | FID∞ | KID · 10³ | IS | precision | recall |")
+    assert head.startswith("| model | steps | FID | FID∞ | KID | IS | precision | recall |")
     assert rows[1].startswith(
         f"| teacher | 3 | {metrics['teacher_fid_nfe3']:.2f} ± "
         f"{metrics['teacher_fid_nfe3_error']:.2f} | {metrics['teacher_fid_nfe3_infinity']:.2f} |"

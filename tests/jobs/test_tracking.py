@@ -16,7 +16,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 BATCH, LOG = 8, 400
 # Of training: the outage, and some before and after it.
-SECONDS = 100
+SECONDS = 150
 
 
 def test_a_minute_without_the_tracking_server(

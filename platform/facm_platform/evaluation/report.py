@@ -80,7 +80,7 @@ _COLUMNS: Mapping[str, Callable[[Score], str]] = {
     "FID": lambda score: f"{score.fid:.2f} ± {score.fid_error:.2f}",
     "FID∞": lambda score: f"{score.fid_infinity:.2f}",
     "sFID": lambda score: _if_known(score.sfid, ".2f"),
-    "KID · 10³": lambda score: _if_known(score.kid and 1000 * score.kid, ".3g"),
+    "KID": lambda score: _if_known(score.kid, ".4g"),
     "IS": lambda score: _if_known(score.inception_score, ".2f"),
     "precision": lambda score: _if_known(score.precision, ".3f"),
     "recall": lambda score: _if_known(score.recall, ".3f"),
