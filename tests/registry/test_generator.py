@@ -23,7 +23,7 @@ import pytest
 import torch
 
 from facm_core.errors import InvalidInputError
-from facm_core.samplers import sample_euler
+from facm_core.samplers import sample_consistency, sample_euler, sample_noise
 from facm_platform.registry import load_artifact
 from facm_platform.registry.generator import Generator
 from facm_platform.registry.versions import CHALLENGER, CHAMPION
@@ -51,6 +51,24 @@ def test_it_draws_one_and_many_alike(shop: Shop) -> None:
             assert images.shape == (size, 1, 8, 8)
             for image, label, seed in zip(images, labels, seeds, strict=True):
                 assert np.array_equal(image[0], shop.pixels("1", label, seed, steps))
+
+
+def test_no_pixel_depends_on_the_size_of_the_batch(shop: Shop) -> None:
+    """In float32, several of these quarter of a million pixels are another grey level."""
+    many = 4096
+    labels, seeds = [seed % 10 for seed in range(many)], list(range(many))
+    noise = sample_noise((1, 8, 8), seeds).double()
+    model = load_artifact(str(shop.weights("1").parent)).model.double()
+    x = sample_consistency(model, noise, torch.tensor(labels), steps=1, seeds=seeds)
+    x = x * shop.manifest.std[0] + shop.manifest.mean[0]
+    expected = np.round((x.numpy().astype(np.float32).clip(-1, 1) + 1) * 127.5).astype(np.uint8)
+
+    generator = Generator.load(str(shop.weights("1").parent))
+    for size, of in ((many, many), (64, many), (7, many), (1, 512)):
+        for start in range(0, of, size):
+            rows = slice(start, min(start + size, of))
+            images = generator.generate(labels[rows], seeds[rows], 1)
+            assert np.array_equal(images, expected[rows])
 
 
 def test_a_teacher_is_asked_by_euler_with_its_guidance(shop: Shop, tmp_path: Path) -> None:

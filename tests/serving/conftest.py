@@ -34,7 +34,7 @@ class Served:
     config: ServeConfig
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def served(shop: Shop, ray_cluster: None) -> Iterator[Served]:
     """The champion of the shop, with little room for those who wait."""
     config = ServeConfig(

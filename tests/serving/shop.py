@@ -67,6 +67,10 @@ class Shop:
         x = x[0, 0] * self.manifest.std[0] + self.manifest.mean[0]
         return np.round((x.numpy().astype(np.float32).clip(-1, 1) + 1) * 127.5).astype(np.uint8)
 
+    def pngs(self, version: str, label: int, seed: int, count: int, steps: int) -> list[bytes]:
+        """Those of a request."""
+        return [self.png(version, label, seed + k, steps) for k in range(count)]
+
     def png(self, version: str, label: int, seed: int, steps: int = 1) -> bytes:
         """The same as a file."""
         buffer = io.BytesIO()

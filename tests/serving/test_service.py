@@ -254,7 +254,9 @@ def test_metrics_count_images_and_batches(served: Served) -> None:
 
 
 @contextmanager
-def asking(served: Served, clients: int = 8) -> Iterator[list[tuple[dict[str, Any], Answer]]]:
+def asking(
+    served: Served, clients: int = 8, seeds: int = 10**6, **more: Any
+) -> Iterator[list[tuple[dict[str, Any], Answer]]]:
     """Keep asking, from several threads; gives what was asked and answered until the end."""
     seen: list[tuple[dict[str, Any], Answer]] = []
     over = threading.Event()
@@ -262,7 +264,7 @@ def asking(served: Served, clients: int = 8) -> Iterator[list[tuple[dict[str, An
     def client(number: int) -> None:
         seed = number * 10_000
         while not over.is_set():
-            body = ask_for(seed % 10, seed)
+            body = ask_for(seed % 10, seed % seeds, **more)
             seen.append((body, generate(served, **body)))
             seed += 1
 
@@ -315,12 +317,17 @@ def test_the_alias_moves_and_no_request_notices(served: Served) -> None:
 
 def test_a_replica_dies_and_no_request_notices(served: Served) -> None:
     (replica,) = [p for p in psutil.process_iter(["name", "cmdline"]) if is_replica(p)]
-    with asking(served) as seen:
+    # Requests that take long, so that it dies with some on its hands.
+    with asking(served, clients=12, seeds=10, steps=8, count=8) as seen:
         wait_until(lambda: len(seen) > 20)
         before = len(seen)
         os.kill(replica.pid, signal.SIGKILL)
-        wait_until(lambda: len(seen) > before + 60, seconds=120)
-    check(served, seen)
+        wait_until(lambda: len(seen) > before + 40, seconds=120)
+    expected = {seed: served.shop.pngs("1", seed, seed, 8, 8) for seed in range(10)}
+    for body, answer in seen:
+        assert answer.status == 200, answer
+        pictures = [base64.b64decode(png) for png in json.loads(answer.content)["png"]]
+        assert pictures == expected[body["seed"]]
 
 
 def is_replica(process: psutil.Process) -> bool:
