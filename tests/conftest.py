@@ -45,7 +45,7 @@ class TrackingServer:
             self._process = subprocess.Popen(
                 command, env=environment, stdout=log, stderr=log, start_new_session=True
             )
-        deadline = time.monotonic() + 90
+        deadline = time.monotonic() + 180
         while not self._answers():
             if time.monotonic() > deadline or self._process.poll() is not None:
                 raise RuntimeError((self.folder / "server.log").read_text()[-2000:])
