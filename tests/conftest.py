@@ -48,6 +48,7 @@ class TrackingServer:
         deadline = time.monotonic() + 180
         while not self._answers():
             if time.monotonic() > deadline or self._process.poll() is not None:
+                self.kill()
                 raise RuntimeError((self.folder / "server.log").read_text()[-2000:])
             time.sleep(0.2)
 
