@@ -30,6 +30,9 @@ TOKEN_VARIABLE = "FACM_SERVE_TOKEN"
 _APPLICATION = "facm"
 # Requests that a replica of `Service` has accepted beyond those that wait: health, pages, errors.
 _SPARE_REQUESTS = 64
+# Requests that wait at the proxy for such a replica: a burst takes a moment to be handed on, and
+# what the replica refuses it refuses in the contract's own words. The proxy refuses only a flood.
+_PROXY_REQUESTS = 4096
 _RETRY_AFTER_SECONDS = 1.0
 # A replica that dies is noticed, and replaced, after as many.
 _HEALTH_CHECK_SECONDS = 2.0
@@ -115,8 +118,10 @@ class ServePlan:
             name="service",
             ray_actor_options={"num_cpus": 0},
             max_ongoing_requests=accepted,
-            max_queued_requests=config.limits.waiting,
-            backpressure_config=BackpressureConfig(retry_after_s=_RETRY_AFTER_SECONDS),
+            max_queued_requests=_PROXY_REQUESTS,
+            backpressure_config=BackpressureConfig(
+                status_code=429, retry_after_s=_RETRY_AFTER_SECONDS
+            ),
             health_check_period_s=_HEALTH_CHECK_SECONDS,
         )(serve.ingress()(Service)).bind(config, replicas, self.token_sha256)
 
