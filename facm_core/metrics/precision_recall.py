@@ -10,7 +10,7 @@ from facm_core.metrics.features import fewest_features
 
 
 def precision_recall(
-    generated: Tensor, real: Tensor, *, neighbours: int = 3, rows: int = 1000
+    generated: Tensor, real: Tensor, *, neighbours: int = 3, distances: int = 2**21
 ) -> tuple[float, float]:
     """Shares of each set within the manifold of the other (equation 2).
 
@@ -21,7 +21,7 @@ def precision_recall(
         generated: Features (N, D).
         real: Features (M, D).
         neighbours: k.
-        rows: Distances of so many features at once: memory only.
+        distances: About so many at once: memory only.
 
     Returns:
         Precision, the share of generated features that look real, and recall, the share of real
@@ -38,14 +38,18 @@ def precision_recall(
         f"not from 1 to less than the {fewest} features of the smaller side",
         "Use fewer neighbours or more samples",
     )
-    return _covered(generated, real, neighbours, rows), _covered(real, generated, neighbours, rows)
+    precision = _covered(generated, real, neighbours, distances)
+    return precision, _covered(real, generated, neighbours, distances)
 
 
-def _covered(points: Tensor, manifold: Tensor, neighbours: int, rows: int) -> float:
+def _covered(points: Tensor, manifold: Tensor, neighbours: int, distances: int) -> float:
     """Share of `points` within a ball around any feature of `manifold`."""
+    rows = max(1, distances // len(manifold))
     # A feature is the nearest to itself.
-    radii = [torch.cdist(some, manifold).kthvalue(neighbours + 1) for some in manifold.split(rows)]
-    radius = torch.cat([found.values for found in radii])
+    radii = [
+        torch.cdist(some, manifold).kthvalue(neighbours + 1).values for some in manifold.split(rows)
+    ]
+    radius = torch.cat(radii)
     inside = sum(
         int((torch.cdist(some, manifold) <= radius).any(dim=1).sum()) for some in points.split(rows)
     )
