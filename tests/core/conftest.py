@@ -166,3 +166,10 @@ def assert_same() -> Callable[..., None]:
         assert all(e.norm() > 0 for e in expected.values()), "an expected tensor is zero"
 
     return check
+
+
+@pytest.fixture
+def float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a network's code casts to float32 becomes float64, to be compared to ten digits."""
+    monkeypatch.setattr(Tensor, "float", Tensor.double)
+    monkeypatch.setattr(torch, "float32", torch.float64)

@@ -37,13 +37,6 @@ WITHOUT_GRADIENT = {
 }
 
 
-@pytest.fixture
-def float64(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a network's code casts to float32 becomes float64, to be compared to ten digits."""
-    monkeypatch.setattr(Tensor, "float", Tensor.double)
-    monkeypatch.setattr(torch, "float32", torch.float64)
-
-
 def output(name: str, network: nn.Module, x: Tensor, timestep: Tensor, given: Any) -> Tensor:
     """The network's own call and its own convention."""
     if name == "dit":
