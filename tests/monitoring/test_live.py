@@ -25,7 +25,7 @@ from tests.jobs.conftest import command, environment
 from tests.monitoring.monitored import CONFIG, RULES, PanelQuery, needs_prometheus, panel_queries
 from tests.world import World
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(400), needs_prometheus]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600), needs_prometheus]
 
 DISCOVERY = "/tmp/ray/prom_metrics_service_discovery.json"
 
