@@ -22,6 +22,7 @@ from facm_platform.cluster import require_cpus
 from facm_platform.latents.source import READ_TASK_CPUS
 from facm_platform.storage import filesystem
 from facm_platform.training.config import WorkersConfig
+from facm_platform.training.gauges import CheckpointClock
 from facm_platform.training.loop import train
 from facm_platform.training.memory import out_of_memory
 from facm_platform.training.ray_context import RayContext
@@ -87,6 +88,7 @@ def launch(task: TrainingTask, workers: WorkersConfig) -> dict[str, float]:
                 max_failures=workers.max_failures,
                 controller_failure_limit=_CONTROLLER_FAILURES,  # type: ignore[call-arg]
             ),
+            callbacks=[CheckpointClock(task)],  # type: ignore[list-item]  # typed for Train V1
         ),
         validation_config=_validation_config(task),
     )
@@ -144,9 +146,8 @@ def _work(config: dict[str, Any]) -> dict[str, float] | Exception:
     # The root too: Train names one of its loggers by a file's path.
     for name in ("", "ray.data", "ray.train"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    measured = task.validation.metric if task.validation else None
     try:
-        with closing(RayContext(task.folder_uri, workers.stall_seconds, measured)) as context:
+        with closing(RayContext(task, workers.stall_seconds)) as context:
             place = f"process {os.getpid()} on {socket.gethostname()}"
             print(f"worker {context.rank} of {context.world_size}: {place}", flush=True)
             return train(task, context)

@@ -8,6 +8,7 @@ import shutil
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,18 +19,27 @@ import ray.train
 import ray.train.torch
 import torch.distributed as dist
 from ray.data import DataIterator
-from ray.train import Checkpoint, CheckpointConsistencyMode, CheckpointUploadMode
+from ray.train import (
+    Checkpoint,
+    CheckpointConsistencyMode,
+    CheckpointUploadMode,
+    ReportedCheckpoint,
+    ReportedCheckpointStatus,
+)
 from ray.train.collective import broadcast_from_rank_zero
-from ray.util.metrics import Gauge
 
 from facm_platform.latents import Batch, LatentStream
 from facm_platform.latents.source import Make, Worker, ray_batches
 from facm_platform.storage import filesystem, join, upload_folder
 from facm_platform.training.context import Staged
+from facm_platform.training.gauges import RunGauges
+from facm_platform.training.task import TrainingTask
 from facm_platform.training.watchdog import Watchdog
 
 # Beyond it, Ray Train tells what it knows without the checkpoint that is being uploaded.
 _ANSWER_SECONDS = 0.1
+
+_WAITING = ReportedCheckpointStatus.PENDING_VALIDATION
 
 # Of a checkpoint, the worst there is. Ray Train keeps it as JSON, which has no infinity.
 _UNMEASURED = sys.float_info.max
@@ -39,18 +49,15 @@ class RayContext:
     """One Ray Train worker. To be made inside the worker's train function, by all of them.
 
     Args:
-        folder_uri: The run's own folder, which Ray Train knows too.
+        task: The run. Ray Train knows its folder too.
         stall_seconds: See `Watchdog`.
-        measured: Name of the distance by which checkpoints are compared (see `launch`); None where
-            they are not measured.
     """
 
-    def __init__(self, folder_uri: str, stall_seconds: float, measured: str | None) -> None:
-        self._measured = measured
+    def __init__(self, task: TrainingTask, stall_seconds: float) -> None:
+        # Name of the distance by which checkpoints are compared (see `launch`).
+        self._measured = task.validation.metric if task.validation else None
         self._watchdog = Watchdog(stall_seconds)
-        self._run = folder_uri.rsplit("/", 1)[-1]
-        self._gauges: dict[str, Gauge] = {}
-        self._folder_uri = folder_uri
+        self._folder_uri = task.folder_uri
         # Checkpoints are written beside the steps, whose collectives must not meet theirs.
         self._writers = cast(dist.ProcessGroup, dist.new_group(backend="gloo"))
         self._written = threading.Event()
@@ -61,25 +68,35 @@ class RayContext:
         self.world_size: int = context.get_world_size()
         self.device = ray.train.torch.get_device()
         # Always the same, so that a killed worker's successor clears away what it left.
-        run = hashlib.sha256(folder_uri.encode()).hexdigest()[:16]
+        run = hashlib.sha256(self._folder_uri.encode()).hexdigest()[:16]
         self._scratch = Path(tempfile.gettempdir(), f"facm-checkpoint-{run}-{self.rank}")
+        self._gauges = RunGauges(task) if self.rank == 0 else None
+        if self._gauges:
+            self._gauges.set(
+                begun_seconds=time.time(),
+                total_images=task.train.total_images,
+                checkpoint_images=task.train.checkpoint_images,
+            )
 
     def close(self) -> None:
         """All is done."""
         self._watchdog.close()
+        if self._gauges:
+            self._gauges.close()
 
     def moved(self, images_seen: int, doing: str) -> None:
-        """Tell the watchdog."""
+        """Tell the watchdog, and monitoring."""
         self._watchdog.moved(images_seen, doing)
+        if self._gauges:
+            self._gauges.set(images_seen=images_seen)
 
     def publish(self, metrics: dict[str, float]) -> None:
-        """As gauges ``ray_facm_…`` of rank 0, by run."""
-        if self.rank == 0:
-            for name, value in metrics.items():
-                key = "facm_" + name.replace("/", "_")
-                if key not in self._gauges:
-                    self._gauges[key] = Gauge(key, description=name, tag_keys=("run",))
-                self._gauges[key].set(value, {"run": self._run})
+        """As gauges, see `RunGauges`."""
+        if self._gauges:
+            self._gauges.set(**metrics)
+            if self._measured is not None:
+                waiting = [one.status is _WAITING for one in _committed()]
+                self._gauges.set(unmeasured_checkpoints=sum(waiting))
 
     def preempted(self) -> bool:
         """As Ray has been told, by the cloud or by ``ray drain-node``."""
@@ -87,11 +104,8 @@ class RayContext:
 
     def best_fid(self) -> float:
         """As Ray Train has been told. Not of one that is still on its way."""
-        reported = ray.train.get_all_reported_checkpoints(
-            consistency_mode=CheckpointConsistencyMode.COMMITTED, timeout_s=_ANSWER_SECONDS
-        )
         assert self._measured is not None
-        fids = (one.metrics.get(self._measured, math.inf) for one in reported)
+        fids = (one.metrics.get(self._measured, math.inf) for one in _committed())
         return min(fids, default=math.inf)
 
     def batches(
@@ -153,3 +167,10 @@ class RayContext:
         made = {"iterators": ray.put(make())} if self.rank == 0 else None
         iterators: list[DataIterator] = ray.get(broadcast_from_rank_zero(made)["iterators"])
         return iterators
+
+
+def _committed() -> list[ReportedCheckpoint]:
+    """Those that Ray Train knows of and keeps."""
+    return ray.train.get_all_reported_checkpoints(
+        consistency_mode=CheckpointConsistencyMode.COMMITTED, timeout_s=_ANSWER_SECONDS
+    )
