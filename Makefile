@@ -62,7 +62,7 @@ lock: ## resolve requirements.lock anew from pyproject.toml
 	$(UV_VENV)/bin/python -m pip install --quiet uv
 	$(UV_VENV)/bin/uv pip compile --quiet --upgrade --universal --python-version 3.11 \
 		--fork-strategy fewest --generate-hashes --no-emit-index-url --no-emit-find-links \
-		--custom-compile-command "make lock" --extra dev pyproject.toml -o requirements.lock
+		--custom-compile-command "make lock" --extra dev --extra infra pyproject.toml -o requirements.lock
 	rm -rf $(UV_VENV)
 
 clean: ## remove runs/ and the caches
