@@ -10,6 +10,11 @@ data "aws_caller_identity" "current" {}
 data "aws_region" "current" {}
 
 locals {
+  # What training does: read and write the bucket's objects, list them, use the key.
+  training = templatefile("${path.module}/training.json", {
+    bucket_arn  = var.bucket_arn
+    kms_key_arn = var.kms_key_arn
+  })
   ec2 = "arn:aws:ec2:${data.aws_region.current.name}:${data.aws_caller_identity.current.account_id}"
 }
 
@@ -23,31 +28,9 @@ data "aws_iam_policy_document" "machines" {
   }
 }
 
-# What training does: read and write the bucket's objects, list them, use the key.
-data "aws_iam_policy_document" "training" {
-  statement {
-    sid = "Objects"
-    actions = [
-      "s3:GetObject", "s3:PutObject", "s3:DeleteObject",
-      "s3:AbortMultipartUpload", "s3:ListMultipartUploadParts",
-    ]
-    resources = ["${var.bucket_arn}/*"]
-  }
-  statement {
-    sid       = "List"
-    actions   = ["s3:ListBucket"]
-    resources = [var.bucket_arn]
-  }
-  statement {
-    sid       = "Key"
-    actions   = ["kms:Decrypt", "kms:GenerateDataKey"]
-    resources = [var.kms_key_arn]
-  }
-}
-
 # What the head does besides: it starts and ends the workers, and lets people in.
 data "aws_iam_policy_document" "head" {
-  source_policy_documents = [data.aws_iam_policy_document.training.json]
+  source_policy_documents = [local.training]
 
   # checkov:skip=CKV_AWS_111: what may be started is bound by tag and IMDSv2, what is ended by tag
   # checkov:skip=CKV_AWS_356: the Describe actions of EC2, and Session Manager's channels, know no resources
@@ -150,7 +133,7 @@ resource "aws_iam_role" "worker" {
 resource "aws_iam_role_policy" "worker" {
   name   = "training"
   role   = aws_iam_role.worker.id
-  policy = data.aws_iam_policy_document.training.json
+  policy = local.training
 }
 
 resource "aws_iam_instance_profile" "worker" {

@@ -79,14 +79,16 @@ resource "aws_security_group" "cluster" {
   tags        = { Name = "${var.name}-cluster" }
 }
 
-# SSH included. All protocols, as EFA wants it between the GPUs of several machines.
+# All protocols, as EFA wants it between the GPUs of several machines.
 resource "aws_vpc_security_group_ingress_rule" "itself" {
+  description                  = "Only from nodes of the same cluster, SSH included"
   security_group_id            = aws_security_group.cluster.id
   referenced_security_group_id = aws_security_group.cluster.id
   ip_protocol                  = "-1"
 }
 
 resource "aws_vpc_security_group_egress_rule" "itself" {
+  description                  = "To nodes of the same cluster"
   security_group_id            = aws_security_group.cluster.id
   referenced_security_group_id = aws_security_group.cluster.id
   ip_protocol                  = "-1"
