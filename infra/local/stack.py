@@ -14,6 +14,7 @@ import secrets
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -185,17 +186,20 @@ class Stack:
         self.folder.chmod(0o711)
         data.mkdir(exist_ok=True, mode=0o700)
         os.chown(data, user.pw_uid, user.pw_gid)
-        options = ("--username=mlflow", "--auth=scram-sha-256", "--pwfile=/dev/stdin")
-        done = subprocess.run(
-            [postgres_folder() / "initdb", "--pgdata", data, *options],
-            input=self.secret("postgres_password") + "\n",
-            cwd="/",
-            capture_output=True,
-            text=True,
-            user=user.pw_uid,
-            group=user.pw_gid,
-            extra_groups=[] if os.getuid() == 0 else None,
-        )
+        with tempfile.NamedTemporaryFile("w") as password:
+            password.write(self.secret("postgres_password"))
+            password.flush()
+            os.chown(password.name, user.pw_uid, user.pw_gid)
+            options = ("--username=mlflow", "--auth=scram-sha-256", f"--pwfile={password.name}")
+            done = subprocess.run(
+                [postgres_folder() / "initdb", "--pgdata", data, *options],
+                cwd="/",
+                capture_output=True,
+                text=True,
+                user=user.pw_uid,
+                group=user.pw_gid,
+                extra_groups=[] if os.getuid() == 0 else None,
+            )
         if done.returncode:
             raise SystemExit(f"error: initdb: {done.stderr}")
 

@@ -114,7 +114,7 @@ def client(service: str, environment: dict[str, str]) -> Any:
 
 def variables(environment: dict[str, str]) -> dict[str, str]:
     """What a person brings along: a zone, a certificate, an image, a key."""
-    zone = client("route53", environment).create_hosted_zone(Name="example.com", CallerReference="")
+    zone = client("route53", environment).create_hosted_zone(Name="example.com", CallerReference="test")
     image = client("ec2", environment).describe_images(Owners=["amazon"])["Images"][0]
     digest = "4fbb8e6a8395de5a7550b33509421a2bafbc0aab6c06ba2cef9ebffbc7092d90"
     return {

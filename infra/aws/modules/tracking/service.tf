@@ -38,7 +38,7 @@ resource "aws_ecs_task_definition" "this" {
     environment = [
       {
         name  = "MLFLOW_BACKEND_STORE_URI"
-        value = "postgresql://mlflow@${aws_db_instance.this.endpoint}/mlflow?sslmode=require"
+        value = "postgresql+psycopg2://mlflow@${aws_db_instance.this.endpoint}/mlflow?sslmode=require"
       },
       { name = "MLFLOW_ARTIFACTS_DESTINATION", value = "s3://${var.bucket}/mlflow" },
       { name = "MLFLOW_SERVER_ALLOWED_HOSTS", value = "${var.host},localhost:*,127.0.0.1:*" },
