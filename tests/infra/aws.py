@@ -17,7 +17,7 @@ from typing import Any
 import boto3
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 
 from tests.conftest import answers_on, free_port
 
@@ -72,7 +72,7 @@ class Terraform:
             text=True,
             timeout=420,
         )
-        assert done.returncode in codes, (done.stdout + done.stderr)[-4000:]
+        assert done.returncode in codes, (done.stderr or done.stdout)[-4000:]
         return done.stdout
 
 
@@ -114,7 +114,9 @@ def client(service: str, environment: dict[str, str]) -> Any:
 
 def variables(environment: dict[str, str]) -> dict[str, str]:
     """What a person brings along: a zone, a certificate, an image, a key."""
-    zone = client("route53", environment).create_hosted_zone(Name="example.com", CallerReference="test")
+    zone = client("route53", environment).create_hosted_zone(
+        Name="example.com", CallerReference="1"
+    )
     image = client("ec2", environment).describe_images(Owners=["amazon"])["Images"][0]
     digest = "4fbb8e6a8395de5a7550b33509421a2bafbc0aab6c06ba2cef9ebffbc7092d90"
     return {
@@ -136,7 +138,7 @@ def write_variables(terraform: Terraform, values: dict[str, str]) -> None:
 
 def _public_key() -> str:
     encoding, form = serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH
-    key = ec.generate_private_key(ec.SECP256R1()).public_key()
+    key = ed25519.Ed25519PrivateKey.generate().public_key()
     return key.public_bytes(encoding, form).decode()
 
 
