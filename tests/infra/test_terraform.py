@@ -13,17 +13,17 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.infra.aws import ROOT, Terraform, account, client, missing, variables, write_variables
+from tests.infra.cloud import ROOT, Terraform, account, client, missing, variables, write_variables
 from tests.infra.cluster_files import findings
 
 needs_provider = pytest.mark.skipif(bool(missing()), reason=missing() or "-")
 
 # What moto takes and does not give back, so that a plan wants to set it once more.
 FORGOTTEN = {
-    "module.network.aws_vpc_security_group_egress_rule.itself": {"description"},
-    "module.network.aws_vpc_security_group_ingress_rule.itself": {"description"},
-    "module.tracking.aws_db_parameter_group.this": {"parameter"},
-    "module.tracking.aws_ecs_service.this": {"availability_zone_rebalancing"},
+    "aws_vpc_security_group_egress_rule": {"description"},
+    "aws_vpc_security_group_ingress_rule": {"description"},
+    "aws_db_parameter_group": {"parameter"},
+    "aws_ecs_service": {"availability_zone_rebalancing"},
 }
 
 
@@ -77,12 +77,14 @@ class TestApplied:
         terraform, _ = applied
         terraform("plan", "-input=false", "-out=again", "-detailed-exitcode", codes=(0, 2))
         plan = json.loads(terraform("show", "-json", "again"))
-        drift = {
-            change["address"]: changed(change["change"])
+        changes = [
+            change
             for change in plan["resource_changes"]
             if change["change"]["actions"] not in (["no-op"], ["read"])
-        }
-        assert drift == FORGOTTEN
+        ]
+        for change in changes:
+            assert change["change"]["actions"] == ["update"], change["address"]
+            assert changed(change["change"]) == FORGOTTEN.get(change["type"]), change["address"]
 
     def test_the_cluster_file_is_filled_in(self, applied: Applied) -> None:
         terraform, environment = applied
