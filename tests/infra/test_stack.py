@@ -23,7 +23,7 @@ from tests.jobs.conftest import ROOT, last_line
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.timeout(900),
+    pytest.mark.timeout(1600),
     pytest.mark.skipif(
         not (shutil.which("prometheus") and list(Path("/usr/lib/postgresql").glob("*/bin"))),
         reason="no Prometheus or no Postgres here (Debian: prometheus, postgresql)",
@@ -130,7 +130,7 @@ def test_the_quickstart_runs_on_it(stack: Any, tmp_path: Path) -> None:
         env=environment(stack),
         capture_output=True,
         text=True,
-        timeout=840,
+        timeout=1500,
     )
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
     result = last_line(done.stdout)
