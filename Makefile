@@ -8,11 +8,14 @@ BIN := .venv/bin
 # Two at a time: most tests wait for processes to start. One thread each, or they fight over cores.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 LOCKED := .venv/.locked
+# The scanners of infra/, apart from all else: checkov pins many packages.
+SCAN_VENV := .venv-scan
+SCANNERS := $(SCAN_VENV)/.locked
 # Resolves requirements.lock; any version will do.
 UV_VENV := .venv-uv
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test test-slow drill check format ui lock clean distclean
+.PHONY: help setup scanners stack stack-stop quickstart test test-slow drill check format ui lock clean distclean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -28,10 +31,23 @@ $(LOCKED): requirements.lock
 	$(BIN)/python -m pip install --quiet --require-hashes --no-deps -r requirements.lock
 	@touch $@
 
+scanners: $(SCANNERS) ## create .venv-scan with exactly the locked scanners
+
+$(SCANNERS): infra/scanners.lock
+	$(PYTHON) -m venv $(SCAN_VENV)
+	$(SCAN_VENV)/bin/python -m pip install --quiet --require-hashes --no-deps -r infra/scanners.lock
+	@touch $@
+
 quickstart: $(LOCKED) ## encode, pretrain, distill, evaluate and register on handwritten digits (ARGS=...)
 	$(BIN)/python jobs/quickstart.py $(ARGS)
 
-test: $(LOCKED) ## the fast tests (ARGS=...)
+stack: $(LOCKED) ## MLflow with login on Postgres, S3, Ray, Prometheus, board, on loopback
+	$(BIN)/python infra/local/stack.py up
+
+stack-stop: $(LOCKED) ## end what `make stack` started
+	$(BIN)/python infra/local/stack.py down
+
+test: $(LOCKED) $(SCANNERS) ## the fast tests (ARGS=...)
 	$(PYTEST) --dist worksteal $(ARGS)
 
 test-slow: $(LOCKED) ## the slow tests: end to end, kills, submissions (ARGS=...)
@@ -62,7 +78,10 @@ lock: ## resolve requirements.lock anew from pyproject.toml
 	$(UV_VENV)/bin/python -m pip install --quiet uv
 	$(UV_VENV)/bin/uv pip compile --quiet --upgrade --universal --python-version 3.11 \
 		--fork-strategy fewest --generate-hashes --no-emit-index-url --no-emit-find-links \
-		--custom-compile-command "make lock" --extra dev pyproject.toml -o requirements.lock
+		--custom-compile-command "make lock" --extra dev --extra infra pyproject.toml -o requirements.lock
+	$(UV_VENV)/bin/uv pip compile --quiet --upgrade --universal --python-version 3.11 \
+		--fork-strategy fewest --generate-hashes --no-emit-index-url --no-emit-find-links \
+		--custom-compile-command "make lock" infra/scanners.in -o infra/scanners.lock
 	rm -rf $(UV_VENV)
 
 clean: ## remove runs/ and the caches
@@ -70,4 +89,4 @@ clean: ## remove runs/ and the caches
 	find . -path ./.venv -prune -o -name __pycache__ -type d -exec rm -rf {} +
 
 distclean: clean ## and .venv
-	rm -rf .venv $(UV_VENV)
+	rm -rf .venv $(UV_VENV) $(SCAN_VENV)

@@ -1,0 +1,16 @@
+variable "name" { type = string }
+variable "region" { type = string }
+variable "vpc_id" { type = string }
+variable "subnet_ids" { type = list(string) }
+variable "cluster_security_group_id" { type = string }
+variable "services_prefix_list_id" { type = string }
+variable "endpoints_security_group" { type = string }
+variable "bucket" { type = string }
+variable "bucket_arn" { type = string }
+variable "kms_key_arn" { type = string }
+variable "repository_arn" { type = string }
+variable "image" { type = string }
+variable "host" { type = string }
+variable "zone_id" { type = string }
+variable "certificate_arn" { type = string }
+variable "protect" { type = bool }
