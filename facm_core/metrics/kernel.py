@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from facm_core.errors import require
+from facm_core.metrics.features import fewest_features
 
 
 def kernel_distance(
@@ -32,14 +33,7 @@ def kernel_distance(
     Raises:
         InvalidInputError: different widths, or a subset larger than a side.
     """
-    require(
-        x.ndim == y.ndim == 2 and x.shape[1] == y.shape[1],
-        "features.shape",
-        (tuple(x.shape), tuple(y.shape)),
-        "not two sets of rows of one width",
-        "Compare features of one extractor only",
-    )
-    fewest = min(len(x), len(y))
+    fewest = fewest_features(x, y)
     require(
         2 <= subset_size <= fewest,
         "subset_size",

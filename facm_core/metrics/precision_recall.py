@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from facm_core.errors import require
+from facm_core.metrics.features import fewest_features
 
 
 def precision_recall(
@@ -29,14 +30,7 @@ def precision_recall(
     Raises:
         InvalidInputError: different widths, or no more than k features on a side.
     """
-    require(
-        generated.ndim == real.ndim == 2 and generated.shape[1] == real.shape[1],
-        "features.shape",
-        (tuple(generated.shape), tuple(real.shape)),
-        "not two sets of rows of one width",
-        "Compare features of one extractor only",
-    )
-    fewest = min(len(generated), len(real))
+    fewest = fewest_features(generated, real)
     require(
         1 <= neighbours < fewest,
         "neighbours",

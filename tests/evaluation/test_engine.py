@@ -21,7 +21,7 @@ from torch_fidelity.metric_prc import prc_features_to_metric
 from facm_core.samplers import sample_consistency, sample_euler, sample_noise
 from facm_platform.evaluation import Protocol
 from facm_platform.evaluation.engine import PARTS, Engine, Evaluator, View, Workload
-from facm_platform.evaluation.features import load_features
+from facm_platform.evaluation.features import FeatureExtractor, load_features
 from facm_platform.evaluation.measured import Measured, Score, score
 from facm_platform.evaluation.real import DecodedSet
 from facm_platform.evaluation.reference import ReferenceFile
@@ -46,14 +46,14 @@ def workload(world: World) -> Workload:
         ),
         data_uri=world.data,
         manifest=world.manifest,
-        view=View.of(
-            features,
-            "fitted",
+        view=View(
+            kind="fitted",
+            features_uri=features.uri,
             keep=300,
-            shown_classes=4,
-            shown_samples=2,
             batch_size=64,
             gpu=False,
+            shown_classes=4,
+            shown_samples=2,
         ),
     )
 
@@ -164,6 +164,12 @@ def test_an_interrupted_evaluation_goes_on(
         before = [part.statistics.mean for part in engine.samples(model, 1)]
     files = sorted(kept.iterdir())
     assert len(files) == PARTS
+    first, second = (file.read_bytes() for file in files[:2])
+    files[0].write_bytes(second)
+    with Engine(workload, extractor, 1, str(kept)) as engine:
+        swapped = [part.statistics.mean for part in engine.samples(model, 1)]
+    assert torch.equal(swapped[0], swapped[1]), "what is kept is not computed again"
+    files[0].write_bytes(first)
     for file in files[4:]:
         file.unlink()
     again, parts = measure(world.student, 1, kept=kept)
@@ -172,11 +178,14 @@ def test_an_interrupted_evaluation_goes_on(
     assert list(kept.iterdir()) == [], "nothing is left when it has ended"
 
 
-def test_single_precision_is_close_to_double(world: World, workload: Workload) -> None:
+def test_single_precision_is_close_to_double(
+    world: World, workload: Workload, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The protocol says float64 for its batch-independent bits, not because float32 is wrong."""
 
     def features_mean(precision: str, batch_size: int) -> Tensor:
-        view = dataclasses.replace(workload.view, precision=precision, batch_size=batch_size)
+        monkeypatch.setattr(FeatureExtractor, "precision", precision)
+        view = dataclasses.replace(workload.view, batch_size=batch_size)
         given = dataclasses.replace(workload, view=view)
         return Evaluator(given).block(world.student, 2, 0, 200).statistics.mean
 

@@ -75,6 +75,10 @@ def test_everything_it_leaves_in_an_embedded_store(
 
     run = store.client.get_run(result.run_id)
     assert run.info.status == "FINISHED"
+    memory = {
+        name: run.data.metrics.pop(name) for name in ("actor_memory_mib", "driver_memory_mib")
+    }
+    assert all(100 < mib < 10_000 for mib in memory.values())
     assert run.data.metrics == metrics
     assert store.client.get_metric_history(result.run_id, "fid_nfe1")[0].step == 1000
     tags = run.data.tags

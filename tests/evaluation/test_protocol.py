@@ -10,7 +10,7 @@ import torch
 
 from facm_core.errors import InvalidInputError
 from facm_platform.evaluation import Protocol
-from facm_platform.evaluation.protocol import check_published, dequantise, dtype_of, quantise
+from facm_platform.evaluation.protocol import check_published, dtype_of
 
 PROTOCOL = Protocol(
     extractor="digits", extractor_sha256="a" * 64, reference_sha256="b" * 64, samples=50, seed=3
@@ -37,15 +37,6 @@ def test_labels_are_balanced_and_seeds_belong_to_the_sample() -> None:
     assert seeds[0] == 3 * 2**32
     other = dataclasses.replace(PROTOCOL, seed=2).sample_seeds(0, 50)
     assert len({*seeds, *other}) == 100
-
-
-def test_quantisation_rounds_to_the_nearest_of_256_levels_and_clips() -> None:
-    levels = torch.arange(256, dtype=torch.float64) / 127.5 - 1
-    expected = torch.arange(256, dtype=torch.uint8)
-    assert torch.equal(quantise(levels), expected)
-    assert torch.equal(quantise(levels + 0.49 / 127.5), expected)
-    assert quantise(torch.tensor([-1.7, 1.7])).tolist() == [0, 255]
-    assert torch.equal(dequantise(expected, torch.float64), levels)
 
 
 def test_precision_is_a_dtype() -> None:

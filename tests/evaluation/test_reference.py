@@ -40,8 +40,14 @@ def extractor(world: World) -> Extractor:
 
 @pytest.fixture
 def look(extractor: Extractor) -> Look:
-    view = View.of(
-        extractor, "fitted", keep=50, shown_classes=2, shown_samples=3, batch_size=64, gpu=False
+    view = View(
+        kind="fitted",
+        features_uri=extractor.uri,
+        keep=50,
+        batch_size=64,
+        gpu=False,
+        shown_classes=2,
+        shown_samples=3,
     )
     viewer = Viewer(view)
 

@@ -14,6 +14,7 @@ from facm_platform.tracking import Store
 from facm_platform.training.distill import DistillConfig
 from facm_platform.training.overhead import OverheadPlan, bare_loop, prepare
 from tests.training.conftest import TRAIN, MakeTask
+from tests.world import World
 
 Inputs = tuple[Path, str, str]
 
@@ -41,14 +42,18 @@ def planned(inputs: Inputs, *options: str) -> OverheadPlan:
 @pytest.mark.slow
 @pytest.mark.usefixtures("ray_cluster")
 def test_the_platform_beside_the_bare_loop(
-    inputs: Inputs, store: Store, capfd: pytest.CaptureFixture[str]
+    inputs: Inputs, store: Store, world: World, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    metrics = planned(inputs).execute().metrics
+    runs, _, _ = inputs
+    inputs = (runs, world.data, world.teacher)
+    given = [f"validation.features_uri={world.features}", "validation.samples=100"]
+    metrics = planned(inputs, *given).execute().metrics
     assert all(metrics[name] > 0 for name in metrics if name.endswith("_seconds"))
     platform, bare = metrics["platform_seconds"], metrics["bare_seconds"]
     assert metrics["overhead"] == pytest.approx((platform - bare) / bare)
     stalls = [metrics[f"{kind}checkpoint_seconds"] for kind in ("", "synchronous_")]
     assert metrics["checkpoint_stall"] == pytest.approx(stalls[0] / stalls[1])
+    assert 0 < metrics["validated_speed"] < 2
     # To hand a checkpoint over takes less than to write and upload it.
     assert metrics["checkpoint_stall"] < 1
     assert f"{bare:.3f} s" in capfd.readouterr().out
@@ -65,6 +70,18 @@ def test_the_three_runs_differ_in_their_checkpoints(inputs: Inputs, store: Store
     }
     assert [t.max_lost_images for t in trains.values()] == [None, None, 64]
     assert {t.log_images for t in trains.values()} == {32}
+
+
+def test_a_validation_is_measured_in_a_run_of_its_own(
+    inputs: Inputs, store: Store, world: World
+) -> None:
+    runs, _, _ = inputs
+    inputs = (runs, world.data, world.teacher)
+    given = [f"validation.features_uri={world.features}", "validation.samples=100"]
+    configs = {name: p.config for name, p in planned(inputs, *given).distillations.items()}
+    validated = {name for name, config in configs.items() if config.validation is not None}
+    assert (len(configs), validated) == (4, {"validated"})
+    assert configs["validated"].train == configs["asynchronous"].train
 
 
 def test_windows_of_the_bare_loop(make_task: MakeTask) -> None:

@@ -10,10 +10,8 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.functional import normalize, resize
 
-from facm_core.autoencoders import ImageShape
 from facm_core.errors import InvalidInputError, require
 from facm_platform.evaluation.extractor import Extractor, Seen
-from facm_platform.latents import LatentManifest
 from facm_platform.storage import absolute, file_sha256, node_copy
 
 _SIZE = 224
@@ -37,12 +35,6 @@ class DinoV2(Extractor):
         width = int(network.config.hidden_size)  # type: ignore[union-attr,arg-type]
         super().__init__(uri, sha256, name=f"dinov2-{width}", dimension=width)
         self._network = network.eval().requires_grad_(False)
-
-    def check(self, field: str, shape: ImageShape, manifest: LatentManifest | None = None) -> None:
-        """It was trained on photographs."""
-        problem = f"the images have {shape[0]} channels, this extractor sees 3"
-        remedy = "Use one that was fitted to them with jobs/fit_features.py"
-        require(shape[0] == 3, field, self.uri, problem, remedy)
 
     def to(self, device: torch.device, dtype: torch.dtype) -> DinoV2:
         """Moved and converted in place; returns self."""

@@ -6,6 +6,8 @@ that one actor or many give the same bits. Inside a block every sample has its o
 
 from __future__ import annotations
 
+import resource
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -17,11 +19,12 @@ import safetensors.torch
 import torch
 from ray.util import ActorPool
 
+from facm_core.pixels import quantise
 from facm_platform import storage
 from facm_platform.evaluation.extractor import Extractor
 from facm_platform.evaluation.extractors import load_extractor
 from facm_platform.evaluation.measured import Measured, Reference
-from facm_platform.evaluation.protocol import Protocol, dtype_of, quantise
+from facm_platform.evaluation.protocol import Protocol, dtype_of
 from facm_platform.evaluation.real import DecodedSet, RealImages
 from facm_platform.evaluation.reference import ReferenceFile, make_reference, read_reference
 from facm_platform.latents import LatentManifest
@@ -42,48 +45,27 @@ class View:
     """How images are looked at, as plain data.
 
     Attributes:
-        extractor: Kind of the feature extractor.
+        kind: Kind of the feature extractor.
         features_uri: Its address, absolute.
-        precision: Floating type, as a protocol names it.
         keep: Features of so many images are kept.
+        batch_size: Images at once: memory and speed only.
+        gpu: Whether each process has one.
         shown_classes: Images of the classes below this one are kept,
         shown_samples: this many of each.
-        batch_size: Images at once: memory and speed only.
-        device: ``cpu`` or ``cuda``.
     """
 
-    extractor: str
+    kind: str
     features_uri: str
-    precision: str
     keep: int
-    shown_classes: int
-    shown_samples: int
     batch_size: int
-    device: str
+    gpu: bool
+    shown_classes: int = 0
+    shown_samples: int = 0
 
-    @classmethod
-    def of(
-        cls,
-        extractor: Extractor,
-        kind: str,
-        *,
-        keep: int,
-        shown_classes: int,
-        shown_samples: int,
-        batch_size: int,
-        gpu: bool,
-    ) -> View:
-        """By this extractor, which is of that kind."""
-        return cls(
-            extractor=kind,
-            features_uri=extractor.uri,
-            precision=extractor.precision,
-            keep=keep,
-            shown_classes=shown_classes,
-            shown_samples=shown_samples,
-            batch_size=batch_size,
-            device="cuda" if gpu else "cpu",
-        )
+    @property
+    def device(self) -> str:
+        """``cpu`` or ``cuda``."""
+        return "cuda" if self.gpu else "cpu"
 
     def keep_from(self, start: int) -> int:
         """Of how many features are kept from image `start` on."""
@@ -127,8 +109,8 @@ class Viewer:
         if view.device == "cpu":
             # An actor has one CPU, and its neighbours the others.
             torch.set_num_threads(1)
-        self._dtype = dtype_of(view.precision)
-        extractor = load_extractor(view.extractor, view.features_uri)
+        extractor = load_extractor(view.kind, view.features_uri)
+        self._dtype = dtype_of(extractor.precision)
         self._extractor = extractor.to(self._device, self._dtype)
 
     def real(self, images: RealImages, piece: Any) -> Measured:
@@ -143,6 +125,10 @@ class Viewer:
                     numbers[label] += 1
             total.update(self._extractor(batch), labels, shown)
         return total
+
+    def peak_memory_mib(self) -> float:
+        """See `peak_memory_mib`."""
+        return peak_memory_mib()
 
 
 class Evaluator(Viewer):
@@ -224,7 +210,7 @@ class Pool:
     def __init__(self, kind: type[Viewer], given: object, view: View, actors: int) -> None:
         remote = ray.remote(
             num_cpus=1,
-            num_gpus=int(view.device == "cuda"),
+            num_gpus=int(view.gpu),
             max_restarts=_RESTARTS,
             max_task_retries=_RESTARTS,
         )(kind)
@@ -240,6 +226,10 @@ class Pool:
     def real(self, images: RealImages) -> Iterator[Measured]:
         """All pieces of some real images, in their order."""
         return self.map(lambda actor, piece: actor.real.remote(images, piece), images.pieces())
+
+    def peak_memory_mib(self) -> float:
+        """Of the actor that had most."""
+        return max(ray.get([actor.peak_memory_mib.remote() for actor in self._actors]))
 
     def map(self, submit: Callable[[Any, Any], Any], work: Iterable[Any]) -> Iterator[Measured]:
         """Results in the order of the work, whichever actor is faster."""
@@ -301,6 +291,12 @@ class Engine(Pool):
         """Delete what would be gone on from."""
         for name in storage.list_files(self._kept_uri):
             storage.delete_file(storage.join(self._kept_uri, name))
+
+
+def peak_memory_mib() -> float:
+    """Most memory that this process has had, in MiB."""
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most / (2**20 if sys.platform == "darwin" else 2**10)
 
 
 def _blocks(start: int, stop: int) -> Iterator[tuple[int, int]]:

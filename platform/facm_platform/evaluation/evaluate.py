@@ -10,7 +10,7 @@ from facm_core.metrics import self_test
 from facm_platform.cluster import connected, require_cpus
 from facm_platform.config import JobResult
 from facm_platform.evaluation.config import EvaluateConfig, check_together
-from facm_platform.evaluation.engine import Engine, View, Workload
+from facm_platform.evaluation.engine import Engine, View, Workload, peak_memory_mib
 from facm_platform.evaluation.extractor import Extractor
 from facm_platform.evaluation.extractors import load_extractor
 from facm_platform.evaluation.measured import Reference, Score, Shown, score
@@ -119,7 +119,7 @@ class EvaluatePlan:
         run = open_run(store, config.run.name, job="evaluate", config=config, tags=tags)
         with run, connected():
             require_cpus("actors", config.actors, spare=0)
-            reference, shown, scores = self._measure()
+            reference, shown, scores, memory = self._measure()
             self._write_report(run, reference, shown, scores)
             version = self._register(run, scores)
             result = EvaluationResult(
@@ -131,18 +131,18 @@ class EvaluatePlan:
                 model_name=version.model if version else None,
                 model_version=version.number if version else None,
             )
-            run.log_metrics(result.metrics(), images_seen=self.student.config.images_seen)
+            run.log_metrics(result.metrics() | memory, images_seen=self.student.config.images_seen)
         return result
 
-    def _measure(self) -> tuple[Reference, _Shown, _Scores]:
-        """The reference, and every model at each of its step counts; the teacher first."""
+    def _measure(self) -> tuple[Reference, _Shown, _Scores, dict[str, float]]:
+        """The reference, every model at each of its step counts, the memory it took."""
         workload = Workload(
             protocol=self.protocol,
             data_uri=absolute(self.config.data.uri, "data.uri"),
             manifest=self.manifest,
-            view=View.of(
-                self.features,
-                self.config.extractor,
+            view=View(
+                kind=self.config.extractor,
+                features_uri=self.features.uri,
                 shown_classes=min(self.manifest.num_classes, _SHEET_CLASSES),
                 shown_samples=_SHEET_SAMPLES,
                 keep=self.protocol.kept_features,
@@ -166,8 +166,11 @@ class EvaluatePlan:
                 shown.setdefault(model, {})[steps] = images
                 told = ", ".join(f"{k} {v:.4g}" for k, v in as_metrics(found, steps).items())
                 print(f"{model} at {steps} step(s): {told}", flush=True)
+            actor, driver = engine.peak_memory_mib(), peak_memory_mib()
+            print(f"most memory: {actor:,.0f} MiB an actor, {driver:,.0f} MiB here", flush=True)
+            memory = {"actor_memory_mib": actor, "driver_memory_mib": driver}
             engine.forget()
-        return reference, shown, scores
+        return reference, shown, scores, memory
 
     def _write_report(
         self,

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from facm_core.autoencoders import ImageShape
+from facm_core.errors import require
 from facm_platform.latents import LatentManifest
 
 
@@ -57,15 +58,17 @@ class Extractor(ABC):
         """For the terminal."""
         return self.uri
 
-    @abstractmethod
     def check(self, field: str, shape: ImageShape, manifest: LatentManifest | None = None) -> None:
-        """Raise `InvalidInputError` unless it can see these images.
+        """Raise `InvalidInputError` unless it can see these images: photographs, if nothing else.
 
         Args:
             field: Configuration field that named it, for messages.
             shape: Of the images, (C, H, W).
             manifest: Of the latent set that they are decoded from, if they are.
         """
+        problem = f"the images have {shape[0]} channels, this extractor sees 3"
+        remedy = "Use one that was fitted to them with jobs/fit_features.py"
+        require(shape[0] == 3, field, self.uri, problem, remedy)
 
     @abstractmethod
     def to(self, device: torch.device, dtype: torch.dtype) -> Self:

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from facm_core.autoencoders import ImageShape
 from facm_core.errors import InvalidInputError, require
+from facm_core.pixels import dequantise
 from facm_platform.evaluation.extractor import Extractor, Seen
-from facm_platform.evaluation.protocol import dequantise
 from facm_platform.latents import LatentManifest
 from facm_platform.storage import absolute, join, node_copy, write_bytes
 

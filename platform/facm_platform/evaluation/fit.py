@@ -12,11 +12,11 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from facm_core.errors import require
+from facm_core.pixels import dequantise
 from facm_platform.cluster import connected
 from facm_platform.config import JobResult
 from facm_platform.config.sections import DataConfig, RunConfig
 from facm_platform.evaluation.features import Classifier, FeaturesInfo, save_features
-from facm_platform.evaluation.protocol import dequantise
 from facm_platform.evaluation.real import DecodedSet, image_shape
 from facm_platform.latents import LatentManifest
 from facm_platform.storage import absolute, check_reachable

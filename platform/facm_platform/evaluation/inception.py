@@ -9,11 +9,9 @@ import torch
 from torch import Tensor
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-from facm_core.autoencoders import ImageShape
 from facm_core.checkpoints import read_checkpoint
-from facm_core.errors import InvalidInputError, require
+from facm_core.errors import InvalidInputError
 from facm_platform.evaluation.extractor import Extractor, Seen
-from facm_platform.latents import LatentManifest
 from facm_platform.storage import absolute, file_sha256, node_copy
 
 FILE = "weights-inception-2015-12-05-6726825d.pth"
@@ -36,12 +34,6 @@ class InceptionV3(Extractor):
         self._network = network
         self._spatial: Tensor | None = None
         network.Mixed_6d.branch1x1.register_forward_hook(self._keep)
-
-    def check(self, field: str, shape: ImageShape, manifest: LatentManifest | None = None) -> None:
-        """It was trained on photographs."""
-        problem = f"the images have {shape[0]} channels, this extractor sees 3"
-        remedy = "Use one that was fitted to them with jobs/fit_features.py"
-        require(shape[0] == 3, field, self.uri, problem, remedy)
 
     def to(self, device: torch.device, dtype: torch.dtype) -> InceptionV3:
         """Moved and converted in place; returns self."""

@@ -101,13 +101,3 @@ def check_published(field: str, protocol: Protocol) -> None:
 def dtype_of(precision: str) -> torch.dtype:
     """The floating type that a protocol names."""
     return {"float32": torch.float32, "float64": torch.float64}[precision]
-
-
-def quantise(images: Tensor) -> Tensor:
-    """Images in [-1, 1] (values outside are clipped) to uint8."""
-    return ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-
-
-def dequantise(images: Tensor, dtype: torch.dtype) -> Tensor:
-    """uint8 images to `dtype` in [-1, 1]."""
-    return images.to(dtype) / 127.5 - 1

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from facm_core.autoencoders import ImageShape
 from facm_core.models.base import entry
+from facm_core.pixels import quantise
 from facm_platform import storage
-from facm_platform.evaluation.protocol import quantise
 from facm_platform.latents import LatentManifest, LatentStream, local_batches
 from facm_platform.latents.autoencoder import autoencoder_of
 from facm_platform.latents.images import BrokenImageError, ImageSource, Sample

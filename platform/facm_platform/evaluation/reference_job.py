@@ -98,12 +98,10 @@ class ReferencePlan:
         store = connect_store(config.run.tracking, embedded_root(config.run.storage_uri))
         tags = {"extractor_sha256": self.extractor.sha256, "images": self.images.id}
         run = open_run(store, config.run.name, job="reference", config=config, tags=tags)
-        view = View.of(
-            self.extractor,
-            config.extractor,
+        view = View(
+            kind=config.extractor,
+            features_uri=self.extractor.uri,
             keep=config.keep,
-            shown_classes=0,
-            shown_samples=0,
             batch_size=config.batch_size,
             gpu=config.gpu,
         )

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from facm_core.errors import require
+from facm_core.pixels import quantise
 from facm_platform import storage
 from facm_platform.config.job import JobResult
 from facm_platform.latents.manifest import LatentManifest
@@ -62,7 +63,7 @@ def sample(uri: str, rows: int = 64, seed: int = 0, output: str = "latents.png")
         problem = f"its images have {channels} channels"
         remedy = "Only sets of 1 or 3 channels can be shown"
         require(channels in (1, 3), "uri", uri, problem, remedy)
-        pixels = ((decoded + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+        pixels = quantise(decoded)
         images += list(pixels.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).cpu().numpy())
         labels = batch.condition.tolist() if isinstance(batch.condition, torch.Tensor) else []
         captions += [manifest.class_names[n] if manifest.class_names else str(n) for n in labels]

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from facm_core.errors import require
+from facm_core.pixels import quantise
 from facm_core.samplers import sample_consistency, sample_euler, sample_noise
-from facm_platform.evaluation.protocol import quantise
 from facm_platform.latents.autoencoder import open_autoencoder
 from facm_platform.registry.artifact import Artifact, ArtifactConfig, load_artifact
 

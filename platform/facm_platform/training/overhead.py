@@ -1,4 +1,4 @@
-"""What the platform costs beside the bare loop, and a checkpoint beside a synchronous one."""
+"""What the platform, checkpoints and validation cost the steps of a distillation."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from statistics import median
+from statistics import mean, median
 
 import ray
 import torch
@@ -34,11 +34,12 @@ _WINDOW_STEPS = 4
 _PLAIN = {"precision": "float32", "compile": False, "offload": False, "micro_batch_size": None}
 
 _PLATFORM, _ASYNC, _SYNC = "platform", "asynchronous", "synchronous"
+_VALIDATED = "validated"
 
 
 @dataclass(frozen=True)
 class OverheadPlan:
-    """The same steps: bare, on the platform, and there with checkpoints of either kind."""
+    """The same steps: bare, on the platform, there with checkpoints of either kind, validated."""
 
     distillations: Mapping[str, DistillPlan]
 
@@ -66,6 +67,9 @@ class OverheadPlan:
         metrics["checkpoint_stall"] = (
             metrics["checkpoint_seconds"] / metrics["synchronous_checkpoint_seconds"]
         )
+        if _VALIDATED in runs:
+            validated, plain = (mean(runs[name].step_seconds) for name in (_VALIDATED, _ASYNC))
+            metrics |= {"validated_seconds": validated, "validated_speed": plain / validated}
         print(_table(metrics), flush=True)
         config = some.config.run
         return JobResult(
@@ -75,6 +79,8 @@ class OverheadPlan:
 
 def prepare(config: DistillConfig) -> OverheadPlan:
     """Validate the distillations; their runs have what they measure behind their name.
+
+    If the recipe has a `validation`, one run more has it.
 
     Raises:
         InvalidInputError: more than one worker, too few steps to measure, or see
@@ -102,14 +108,15 @@ def prepare(config: DistillConfig) -> OverheadPlan:
         _ASYNC: replace(common, checkpoint_images=often),
         _SYNC: replace(common, checkpoint_images=often, max_lost_images=often),
     }
+    configs = {name: replace(config, train=one, validation=None) for name, one in trains.items()}
+    if config.validation is not None:
+        configs[_VALIDATED] = replace(configs[_ASYNC], validation=config.validation)
     return OverheadPlan(
         {
             name: prepare_distillation(
-                replace(
-                    config, train=one, run=replace(config.run, name=f"{config.run.name}-{name}")
-                )
+                replace(one, run=replace(config.run, name=f"{config.run.name}-{name}"))
             )
-            for name, one in trains.items()
+            for name, one in configs.items()
         }
     )
 
@@ -195,12 +202,16 @@ def _table(metrics: Mapping[str, float]) -> str:
     bare, platform = metrics["bare_seconds"], metrics["platform_seconds"]
     asynchronous = metrics["checkpoint_seconds"]
     synchronous = metrics["synchronous_checkpoint_seconds"]
-    return "\n".join(
-        [
-            f"step, bare loop            {bare:8.3f} s",
-            f"step, platform             {platform:8.3f} s  {metrics['overhead']:+.1%}",
-            f"checkpoint, synchronous    {synchronous:8.3f} s",
-            f"checkpoint, asynchronous   {asynchronous:8.3f} s  "
-            f"{metrics['checkpoint_stall']:.2f} of that",
-        ]
-    )
+    lines = [
+        f"step, bare loop            {bare:8.3f} s",
+        f"step, platform             {platform:8.3f} s  {metrics['overhead']:+.1%}",
+        f"checkpoint, synchronous    {synchronous:8.3f} s",
+        f"checkpoint, asynchronous   {asynchronous:8.3f} s  "
+        f"{metrics['checkpoint_stall']:.2f} of that",
+    ]
+    if "validated_seconds" in metrics:
+        lines.append(
+            f"step, checkpoints measured {metrics['validated_seconds']:8.3f} s  "
+            f"{metrics['validated_speed']:.2f} x the speed without"
+        )
+    return "\n".join(lines)

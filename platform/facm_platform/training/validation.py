@@ -88,11 +88,9 @@ def distances(
         protocol=protocol,
         data_uri=stream.uri,
         manifest=stream.manifest,
-        view=View.of(
-            extractor,
-            config.extractor,
-            shown_classes=0,
-            shown_samples=0,
+        view=View(
+            kind=config.extractor,
+            features_uri=extractor.uri,
             # Of those that may make the reference, which others may share.
             keep=protocol.kept_features,
             batch_size=config.batch_size,
