@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import ray
+from ray._private.state import state
 from ray._private.utils import read_ray_address
 
 import facm_core
@@ -63,10 +64,14 @@ def cluster_address() -> str | None:
 def require_cpus(field: str, cpus: float, spare: float) -> None:
     """Make sure that the connected cluster has `cpus` for workers and `spare` for their data.
 
+    Where it grows as needed, what counts is its greatest size: at rest it has no worker at all.
+
     Raises:
         InvalidInputError: with what there is; a run that does not fit would wait for ever.
     """
-    total = float(ray.cluster_resources().get("CPU", 0))  # type: ignore[no-untyped-call]
+    now = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    grown = state.get_max_resources_from_cluster_config() or {}
+    total = float(max(now.get("CPU", 0), grown.get("CPU", 0)))
     if cpus + spare > total:
         raise InvalidInputError(
             field,
