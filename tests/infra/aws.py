@@ -92,6 +92,11 @@ class Cloud:
             key = f"{prefix}/{file.name}"
             self.ask("s3", "put_object", Bucket="facm", Key=key, Body=file.read_bytes())
 
+    def keys(self, prefix: str) -> list[str]:
+        """Of the bucket's objects."""
+        found = self.ask("s3", "list_objects_v2", Bucket="facm", Prefix=prefix)
+        return [entry["Key"] for entry in found["Contents"]]
+
     def instances(self) -> list[dict[str, Any]]:
         """All that were ever started."""
         return _instances(self.ask("ec2", "describe_instances"))
