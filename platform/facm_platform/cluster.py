@@ -11,6 +11,7 @@ from pathlib import Path
 
 import ray
 from ray._private.utils import read_ray_address
+from ray.autoscaler.v2.utils import is_autoscaler_v2
 
 import facm_core
 import facm_platform
@@ -63,9 +64,14 @@ def cluster_address() -> str | None:
 def require_cpus(field: str, cpus: float, spare: float) -> None:
     """Make sure that the connected cluster has `cpus` for workers and `spare` for their data.
 
+    One that grows as needed has no workers before they are asked for, and Ray does not tell how
+    far it would grow: it is given every run.
+
     Raises:
         InvalidInputError: with what there is; a run that does not fit would wait for ever.
     """
+    if is_autoscaler_v2(fetch_from_server=True):
+        return
     total = float(ray.cluster_resources().get("CPU", 0))  # type: ignore[no-untyped-call]
     if cpus + spare > total:
         raise InvalidInputError(
