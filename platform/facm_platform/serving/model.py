@@ -202,6 +202,11 @@ class ModelReplica:
             "facm_version", description="Version served.", tag_keys=("model",)
         ).set_default_tags(tags)
 
+    def check_health(self) -> None:
+        """Called by Ray Serve every few seconds; Ray forgets a gauge that is not set for 20."""
+        if self._loaded is not None:
+            self._version.set(float(self._loaded.version.number))
+
     async def describe(self) -> Description:
         """The version in service."""
         generator = self._current.generator
@@ -268,7 +273,6 @@ class ModelReplica:
     def _serve(self, version: Version) -> None:
         """Load beside the old version, then put it in its place."""
         self._loaded = load_version(version, self._tracking_uri, self._device)
-        self._version.set(float(version.number))
         print(f"serving {version} (sha256 {self._loaded.generator.sha256})", flush=True)
 
     def _complain(self, reason: str) -> Literal[False]:
