@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,8 @@ import psutil
 import psycopg2
 import pytest
 from botocore.config import Config
+from moto.iam.access_control import IAMPolicy, PermissionResult
+from omegaconf import OmegaConf
 
 from tests.conftest import free_port
 from tests.infra.stack import Ports, Stack, status
@@ -123,14 +126,36 @@ def test_secrets_are_in_files_of_ours_and_nowhere_else(stack: Any) -> None:
         assert not any(secret in line for line in lines), name
 
 
+SHORT: dict[str, dict[str, Any]] = {
+    "encode": {},
+    "features": {},
+    "pretrain": {"train": {"images": 5120, "checkpoint_images": 2560, "log_images": 1280}},
+    "distill": {"train": {"images": 5120, "checkpoint_images": 2560, "log_images": 1280}},
+    "evaluate": {"samples": 200},
+}
+"""The quickstart's recipes, changed to take a minute."""
+
+
+def write_recipes(folder: Path) -> Path:
+    """Short ones, with all files in the stack's object store; their prefix."""
+    for step, changes in SHORT.items():
+        recipe = OmegaConf.load(ROOT / "jobs" / "recipes" / f"digits_{step}.yaml")
+        recipe = OmegaConf.merge(recipe, changes, {"run": {"storage_uri": "s3://facm/runs"}})
+        text = OmegaConf.to_yaml(recipe).replace("uri: runs/", "uri: s3://facm/runs/")
+        (folder / f"short_{step}.yaml").write_text(text)
+    return folder / "short"
+
+
 def test_the_quickstart_runs_on_it(stack: Any, tmp_path: Path) -> None:
+    """All of its steps, shortened; what `make quickstart` does at length."""
+    recipes = write_recipes(tmp_path)
     done = subprocess.run(
-        [sys.executable, str(ROOT / "jobs" / "quickstart.py")],
+        [sys.executable, str(ROOT / "jobs" / "quickstart.py"), f"recipes={recipes}"],
         cwd=tmp_path,
         env=environment(stack),
         capture_output=True,
         text=True,
-        timeout=1500,
+        timeout=840,
     )
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
     result = last_line(done.stdout)
@@ -150,8 +175,41 @@ def test_the_quickstart_runs_on_it(stack: Any, tmp_path: Path) -> None:
         aws_secret_access_key=stack.secret("s3_key"),
         config=Config(region_name="us-east-1"),
     )
-    stored = {item["Key"] for item in s3.list_objects_v2(Bucket="facm")["Contents"]}
-    assert any(key.endswith("model.safetensors") for key in stored), stored
+    pages = s3.get_paginator("list_objects_v2").paginate(Bucket="facm")
+    stored = {item["Key"] for page in pages for item in page["Contents"]}
+    assert "runs/latents/digits/manifest.json" in stored
+    assert "runs/digits-student/artifact/model.safetensors" in stored
+    assert any(key.startswith("mlflow/") for key in stored)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_worker_on_aws_may_do_what_was_done_to_the_store(stack: Any) -> None:
+    """The requests that the object store has seen, against the policy of the workers' role."""
+    text = (ROOT / "infra/aws/modules/access/training.json").read_text()
+    policy = IAMPolicy(text.replace("${bucket_arn}", "arn:aws:s3:::facm"))
+    log = (stack.folder / "log" / "s3.log").read_text()
+    seen = {needed(*match) for match in re.findall(r'"([A-Z]+) /facm(/[^? ]*)?(\?\S*)? HTTP', log)}
+    seen.discard(("s3:CreateBucket", "arn:aws:s3:::facm"))  # by the stack itself
+    assert {"s3:GetObject", "s3:PutObject", "s3:ListBucket"} <= {action for action, _ in seen}
+    for action, resource in seen:
+        verdict = policy.is_action_permitted(action, resource=resource)
+        assert verdict == PermissionResult.PERMITTED, (action, resource)
+
+
+def needed(method: str, key: str, query: str) -> tuple[str, str]:
+    """The permission that a request to S3 needs, and on what."""
+    bucket = "arn:aws:s3:::facm"
+    if key in ("", "/"):
+        names = {"GET": "ListBucket", "HEAD": "ListBucket", "PUT": "CreateBucket"}
+        # Deletion of several: one permission for each.
+        deletes = method == "POST" and "delete" in query
+        return ("s3:DeleteObject", f"{bucket}/any") if deletes else (f"s3:{names[method]}", bucket)
+    if method == "DELETE":
+        return (
+            "s3:AbortMultipartUpload" if "uploadId" in query else "s3:DeleteObject"
+        ), bucket + key
+    names = {"GET": "GetObject", "HEAD": "GetObject", "PUT": "PutObject", "POST": "PutObject"}
+    return f"s3:{names[method]}", bucket + key
 
 
 def test_up_again_changes_nothing(stack: Any) -> None:
