@@ -250,7 +250,7 @@ def test_metrics_count_images_and_batches(served: Served) -> None:
     wait_until(lambda: metric(served, "ray_facm_images_total", version="1") >= 8)
     wait_until(lambda: metric(served, "ray_facm_requests_total", status="422") >= 1)
     wait_until(lambda: metric(served, "ray_facm_request_seconds_count") >= 2)
-    wait_until(lambda: metric(served, "ray_facm_batch_images_sum") >= 8)
+    wait_until(lambda: metric(served, "ray_facm_batch_images_count") >= 1)
     wait_until(lambda: metric(served, "ray_facm_version") == 1)
 
 
