@@ -60,4 +60,5 @@ def test_every_secret_is_a_file_that_is_made(compose: dict[str, Any], tmp_path: 
 
 
 def test_the_board_has_no_login_of_its_own(compose: dict[str, Any]) -> None:
+    assert "trainer_password" not in compose["services"]["board"]["secrets"]
     assert not any("TRACKING" in v for v in compose["services"]["board"]["environment"])

@@ -168,6 +168,12 @@ def test_the_quickstart_runs_on_it(stack: Any, tmp_path: Path) -> None:
         assert cursor.fetchone() == ("FINISHED",)
         cursor.execute("select count(*) from model_versions where name = 'digits-facm'")
         assert cursor.fetchone() == (1,)
+        # Metrics come from workers, which need the login as well.
+        cursor.execute(
+            "select count(*) from metrics join runs using (run_uuid) "
+            "where runs.name = 'digits-student' and key = 'loss'"
+        )
+        assert cursor.fetchone() == (4,)
     s3 = boto3.client(
         "s3",
         endpoint_url=stack.environment()["AWS_ENDPOINT_URL"],
