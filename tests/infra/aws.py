@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import boto3
+from botocore.exceptions import EndpointConnectionError
 
 from tests.infra import tracking
 from tests.infra.namespaces import GATEWAY, Machine, Network
@@ -174,7 +175,7 @@ class Cloud:
         while True:
             try:
                 return self.ask("s3", "list_buckets")
-            except Exception:
+            except EndpointConnectionError:
                 if time.monotonic() > deadline:
                     raise
                 time.sleep(0.2)

@@ -24,7 +24,7 @@ GATEWAY = "10.20.0.1"
 """Where the services are that AWS would offer. It forwards nothing."""
 
 _INSIDE = [NETWORK, *map(ip_network, ("127.0.0.0/8", "::1/128", "fe80::/10", "ff00::/8"))]
-_TOOLS = ("chroot", "ip", "nsenter", "rsync", "ssh", "/usr/sbin/sshd", "unshare")
+_TOOLS = ("chroot", "ip", "nsenter", "openssl", "rsync", "/usr/sbin/sshd", "unshare")
 _UNSHARE = ["unshare", "--net", "--pid", "--mount", "--uts", "--fork", "--mount-proc"]
 # Nothing of the environment of the tests: it may hold the credentials of a real account.
 _ENVIRONMENT = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin"}
@@ -51,8 +51,8 @@ def refuse_a_way_out(process: int) -> None:
         WayOut: there is a route to anything but `NETWORK` and the namespace itself.
     """
     for family in ("-4", "-6"):
+        everything = "0.0.0.0/0" if family == "-4" else "::/0"
         for route in json.loads(_ip(process, family, "-json", "route", "show", "table", "all")):
-            everything = "0.0.0.0/0" if family == "-4" else "::/0"
             target = ip_network(everything if route["dst"] == "default" else route["dst"])
             inside = any(
                 target.version == known.version and target.subnet_of(known) for known in _INSIDE
@@ -91,6 +91,7 @@ class Namespace:
         self.init: int = psutil.Process(self._process.pid).children(recursive=True)[-1].pid
         spaces = ("--net", "--pid", "--mount", "--uts", "--root", "--wd")
         self._enter = ["nsenter", f"--target={self.init}", *spaces]
+        self._started: list[subprocess.Popen[str]] = []
 
     def start(self, *command: str, output: IO[Any] | int) -> subprocess.Popen[str]:
         """Start a process in it, in an empty environment.
@@ -99,7 +100,7 @@ class Namespace:
             WayOut: see `refuse_a_way_out`. The process was not started.
         """
         refuse_a_way_out(self.init)
-        return subprocess.Popen(
+        process = subprocess.Popen(
             [*self._enter, *command],
             env=_ENVIRONMENT,
             stdin=subprocess.DEVNULL,
@@ -107,12 +108,15 @@ class Namespace:
             stderr=subprocess.STDOUT,
             text=True,
         )
+        self._started.append(process)
+        return process
 
     def end(self) -> None:
         """Kill process 1, and with it all the others."""
         if self._process.poll() is None:
             os.kill(self.init, signal.SIGKILL)
-        self._process.wait()
+        for process in (self._process, *self._started):
+            process.wait()
 
 
 class Network(Namespace):
