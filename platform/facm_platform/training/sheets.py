@@ -69,7 +69,7 @@ def _of_teacher(task: TrainingTask, like: Shown) -> tuple[int, Shown]:
     seeds = [validation.seed * SEED_STRIDE + index for index in indices]
     with torch.no_grad():
         latents = sample(seeds, torch.tensor([label for label, _ in like]), steps)
-        images = quantise(autoencoder_of(manifest).to(device).decode(latents)).cpu()
+        images = quantise(autoencoder_of(manifest).to(device, torch.float32).decode(latents)).cpu()
     return steps, dict(zip(like, images, strict=True))
 
 
