@@ -130,8 +130,8 @@ def of_run(data: Data, run: RunRecord) -> list[Chart]:
     names = [name for name in run.metrics if not name.startswith("teacher_")]
     curves = data.curves([run], names)
     return [
-        _fids(run, curves),
         *(_heat(task, words, curves) for task, words in _TASKS.items() if task in run.metrics),
+        _fids(run, curves),
         *(_lines(lines, curves) for lines in LINES),
     ]
 

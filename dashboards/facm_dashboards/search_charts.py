@@ -23,8 +23,8 @@ def of_search(findings: Findings) -> list[Chart]:
         _confirmed(findings),
         _trials(findings),
         _heat(findings),
-        _parallel(findings),
         _importance(findings),
+        _parallel(findings),
         _pareto(findings),
     ]
 

@@ -68,7 +68,8 @@ def address(path: str, **values: Any) -> str:
 
 
 # Without HTML of the author's own, and without pictures, which may lie anywhere.
-_READER = MarkdownIt("commonmark", {"html": False}).enable("table").disable("image")
+_READER = MarkdownIt("commonmark", {"html": False}).enable("table")
+_READER.add_render_rule("image", lambda *_: "")
 
 
 def _markdown(text: str) -> Markup:

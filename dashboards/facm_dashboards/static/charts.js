@@ -27,23 +27,26 @@
       name: axis.name,
       nameLocation: upwards ? "end" : "middle",
       nameGap: upwards ? 12 : 28,
-      nameTextStyle: { color: css("soft"), align: upwards ? "left" : "center", padding: upwards ? [0, 0, 0, -34] : 0 },
+      nameTextStyle: { color: css("soft"), align: upwards ? "left" : "center", padding: upwards ? [0, 0, 0, -8] : 0 },
       axisLabel: { color: css("soft"), formatter: axis.labels.length ? undefined : written(axis), hideOverlap: true },
       axisLine: line,
       axisTick: { show: false },
       splitLine: { show: upwards, lineStyle: { color: css("line"), opacity: 0.7 } },
     };
     if (axis.labels.length) return { ...shown, type: "category", data: axis.labels };
-    return { ...shown, type: axis.log ? "log" : "value", min: axis.low ?? undefined, max: axis.high ?? undefined, scale: axis.low === null, minorSplitLine: { show: false } };
+    return { ...shown, type: axis.log ? "log" : "value", logBase: axis.base || 10, min: axis.low ?? undefined, max: axis.high ?? undefined, scale: axis.low === null, minorSplitLine: { show: false } };
   };
 
-  // A logarithmic axis shows whole powers only; where there is less than two of them, show a linear one.
+  // A logarithmic axis shows whole powers only: of ten, of two where these are few, and where these
+  // are few, too, it is no logarithmic axis.
   const fitted = (axis, values) => {
     const positive = values.filter((value) => value > 0);
     const [low, high] = [Math.min(...positive), Math.max(...positive)];
-    const wide = positive.length === values.length && high / low > 30;
-    return axis.log && !wide ? { ...axis, log: false } : axis;
+    if (!axis.log || positive.length < values.length || high / low < 8) return { ...axis, log: false };
+    return { ...axis, base: high / low > 300 ? 10 : 2 };
   };
+
+  const room = (more) => ({ left: 10, right: 18, top: 30, bottom: 8, outerBoundsMode: "same", outerBoundsContain: "all", outerBoundsClampWidth: "60%", ...more });
 
   const base = () => ({
     animation: false,
@@ -102,9 +105,9 @@
     const y = fitted(chart.y, values);
     return {
       ...base(),
-      grid: { left: 8, right: 18, top: chart.series.length > 1 && !many ? 52 : 30, bottom: 26, containLabel: true },
+      grid: room({ top: chart.series.length > 1 && !many ? 54 : 30 }),
       legend: { show: chart.series.length > 1 && !many, top: 0, left: 0, type: "scroll", itemWidth: 16, itemHeight: 8, itemGap: 12, textStyle: { color: css("ink") }, inactiveColor: css("soft"), pageTextStyle: { color: css("soft") }, data: chart.series.map((s) => s.name) },
-      xAxis: axisOf(chart.x, false),
+      xAxis: axisOf(chart.x.form === "images" ? { ...chart.x, low: 0, high: Math.max(...chart.series.flatMap((s) => s.points.map((p) => p[0]))) } : chart.x, false),
       yAxis: axisOf(y, true),
       tooltip: {
         ...base().tooltip,
@@ -134,7 +137,7 @@
     const few = points.length <= 40;
     return {
       ...base(),
-      grid: { left: 8, right: narrow() ? 8 : 96, top: 14, bottom: narrow() ? 66 : 26, containLabel: true },
+      grid: room({ right: narrow() ? 8 : 96, top: 14, bottom: narrow() ? 48 : 8 }),
       xAxis: { ...axisOf(chart.x, false), axisLabel: { color: css("soft"), hideOverlap: true, formatter: chart.x.form ? (v) => written(chart.x)(Number(v)) : undefined }, splitLine: { show: false } },
       yAxis: { ...axisOf(chart.y, true), name: "", splitLine: { show: false } },
       visualMap: {
@@ -160,7 +163,7 @@
 
   const bars = (chart) => ({
     ...base(),
-    grid: { left: 8, right: 56, top: 8, bottom: 28, containLabel: true },
+    grid: room({ right: 56, top: 8 }),
     xAxis: { ...axisOf(chart.x, false), splitLine: { show: true, lineStyle: { color: css("line") } } },
     yAxis: { ...axisOf(chart.y, true), axisLabel: { color: css("ink") } },
     tooltip: { show: false },
@@ -174,7 +177,7 @@
     const results = points.map((p) => p[last]).filter((v) => v !== null).map(Math.log);
     return {
       ...base(),
-      parallel: { left: 40, right: 70, top: 50, bottom: 24, layout: narrow() ? "vertical" : "horizontal", ...(narrow() ? { left: 24, right: 40, top: 30, bottom: 40 } : {}) },
+      parallel: { left: 70, right: 70, top: 50, bottom: 24, layout: narrow() ? "vertical" : "horizontal", ...(narrow() ? { left: 24, right: 40, top: 30, bottom: 40 } : {}) },
       parallelAxis: chart.axes.map((axis, dim) => ({
         dim,
         name: axis.name.replace(" (", "\n("),
@@ -187,7 +190,8 @@
         max: axis.high ?? (dim === last ? "dataMax" : undefined),
         axisLine: { lineStyle: { color: css("soft") } },
         axisTick: { show: false },
-        axisLabel: { color: css("soft"), formatter: axis.labels.length ? undefined : plain, showMinLabel: true, showMaxLabel: true, hideOverlap: true },
+        splitNumber: 3,
+        axisLabel: { color: css("soft"), formatter: axis.labels.length ? undefined : plain, hideOverlap: true },
       })),
       visualMap: { show: false, dimension: last + 1, min: Math.min(...results), max: Math.max(...results), inRange: { color: dark ? ["#9bd0ff", "#3d5068"] : ["#083d77", "#b9c6d6"] } },
       tooltip: { ...base().tooltip, formatter: ({ name, value }) => `${name}\n${chart.axes.map((a, k) => `${a.name}: ${a.labels.length && value[k] !== null ? a.labels[value[k]] : plain(value[k])}`).join("\n")}` },
