@@ -7,19 +7,21 @@ from urllib.parse import parse_qs
 
 from fastapi import APIRouter, Depends, Path, Query, Request, Response
 from fastapi.responses import RedirectResponse
+from mlflow.exceptions import MlflowException
 from starlette.exceptions import HTTPException
 
-from facm_core.errors import InvalidInputError
 from facm_dashboards.data import Data, Registry
 from facm_dashboards.identity import may_promote, visitor
 from facm_dashboards.pages.common import TheData, TheSnapshot, TheView
 from facm_dashboards.runs import TABLE_NFE
 from facm_dashboards.sheets import address
 from facm_platform.config import Refused
+from facm_platform.evaluation.report import SHEET
 from facm_platform.registry.artifact import CARD
 from facm_platform.registry.promote import PromoteConfig, gates, prepare
 from facm_platform.registry.promotions import Promotions
 from facm_platform.registry.versions import CHAMPION, PREVIOUS, Version
+from facm_platform.tracking.reading import is_missing
 
 router = APIRouter(prefix="/registry")
 
@@ -103,7 +105,7 @@ def _version_page(
         steps=[n for n in (1, 2, 3, 4, 8) if one.fid(n) is not None] or [1],
         promoter=may_promote(data.client, model),
         card=_card(data, one),
-        picture=address(one.run_id, f"{_FOLDER}/samples.png"),
+        picture=_picture(data, one),
         refusal=refusal,
     )
 
@@ -232,6 +234,18 @@ def _by_number(registry: Registry, model: str) -> dict[str, list[str]]:
     return found
 
 
+def _picture(data: Data, version: Version) -> str | None:
+    """Address of its sample sheet, if it has one."""
+    name = f"{_FOLDER}/{SHEET}"
+    try:
+        known = name in data.files(version.run_id, _FOLDER)
+    except MlflowException as error:
+        if not is_missing(error):
+            raise
+        return None
+    return address(version.run_id, name) if known else None
+
+
 def _card(data: Data, version: Version) -> str | None:
     """Its model card, Markdown."""
     run = data.snapshot().run(version.run_id)
@@ -239,5 +253,5 @@ def _card(data: Data, version: Version) -> str | None:
         return None
     try:
         return data.file(run, f"{_FOLDER}/{CARD}", _CARD_BYTES).decode(errors="replace")
-    except (FileNotFoundError, InvalidInputError):
+    except FileNotFoundError:
         return None

@@ -10,7 +10,7 @@
   const VIRIDIS = ["#fde725", "#8fd744", "#35b779", "#21908d", "#31688e", "#443a83", "#440154"];
 
   const plain = (value) => {
-    if (value === null || value === undefined) return "–";
+    if (typeof value !== "number") return "–";
     const size = Math.abs(value);
     if (size !== 0 && (size < 1e-3 || size >= 1e6)) return value.toExponential(1).replace("e+", "e");
     return Number(value.toPrecision(4)).toLocaleString("en", { maximumSignificantDigits: 4 });
@@ -165,7 +165,7 @@
     ...base(),
     grid: room({ right: 56, top: 8 }),
     xAxis: { ...axisOf(chart.x, false), splitLine: { show: true, lineStyle: { color: css("line") } } },
-    yAxis: { ...axisOf(chart.y, true), axisLabel: { color: css("ink") } },
+    yAxis: { ...axisOf(chart.y, true), axisLabel: { color: css("ink"), fontSize: 11, formatter: (name) => name.replace(" (", "\n(") } },
     tooltip: { show: false },
     series: [{ type: "bar", name: chart.series[0].name, data: chart.series[0].points, barMaxWidth: 22, label: { show: true, position: "right", color: css("ink"), formatter: ({ value }) => written(chart.x)(value[0]) } }],
   });
@@ -177,13 +177,13 @@
     const results = points.map((p) => p[last]).filter((v) => v !== null).map(Math.log);
     return {
       ...base(),
-      parallel: { left: 70, right: 70, top: 50, bottom: 24, layout: narrow() ? "vertical" : "horizontal", ...(narrow() ? { left: 24, right: 40, top: 30, bottom: 40 } : {}) },
+      parallel: { left: 70, right: 70, top: 50, bottom: 24, layout: narrow() ? "vertical" : "horizontal", ...(narrow() ? { left: 16, right: 24, top: 40, bottom: 30 } : {}) },
       parallelAxis: chart.axes.map((axis, dim) => ({
         dim,
-        name: axis.name.replace(" (", "\n("),
+        name: narrow() ? axis.name : axis.name.replace(" (", "\n("),
         nameTextStyle: { color: css("ink"), fontSize: 11, lineHeight: 14 },
         nameLocation: narrow() ? "start" : "end",
-        ...(narrow() ? { nameGap: -6, nameTextStyle: { color: css("ink"), fontSize: 11, align: "left", verticalAlign: "bottom", padding: [0, 0, 8, 0] } } : {}),
+        ...(narrow() ? { nameGap: 0, nameTextStyle: { color: css("ink"), fontSize: 11, align: "left", padding: [0, 0, 30, 0] } } : {}),
         type: axis.labels.length ? "category" : axis.log && !(dim === last) ? "log" : "value",
         data: axis.labels.length ? axis.labels : undefined,
         min: axis.low ?? (dim === last ? "dataMin" : undefined),
@@ -194,7 +194,7 @@
         axisLabel: { color: css("soft"), formatter: axis.labels.length ? undefined : plain, hideOverlap: true },
       })),
       visualMap: { show: false, dimension: last + 1, min: Math.min(...results), max: Math.max(...results), inRange: { color: dark ? ["#9bd0ff", "#3d5068"] : ["#083d77", "#b9c6d6"] } },
-      tooltip: { ...base().tooltip, formatter: ({ name, value }) => `${name}\n${chart.axes.map((a, k) => `${a.name}: ${a.labels.length && value[k] !== null ? a.labels[value[k]] : plain(value[k])}`).join("\n")}` },
+      tooltip: { ...base().tooltip, formatter: ({ name, value }) => `${name}\n${chart.axes.map((a, k) => `${a.name}: ${a.labels.length && a.labels[value[k]] ? a.labels[value[k]] : plain(value[k])}`).join("\n")}` },
       series: [{ type: "parallel", lineStyle: { width: 2, opacity: 0.9 }, inactiveOpacity: 0.04, data: points.map((p, k) => ({ name: chart.series[0].names[k], value: [...p.map((v) => v ?? "-"), Math.log(p[last])] })) }],
     };
   };
