@@ -45,8 +45,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(f"board of {config.tracking_uri} at http://{config.host}:{config.port}", flush=True)
+    app = create_app(config)
+    app.state.data.read_ahead()
     uvicorn.run(
-        create_app(config),
+        app,
         host=config.host,
         port=config.port,
         log_level="warning",

@@ -43,12 +43,14 @@ class Series:
         points: (x, y), or (x, y, error); of a heat map (column, row, value).
         style: ``line``, ``dots`` (no line), ``faint`` or ``best``.
         names: Of the points, where they have some.
+        colour: Its number among the colours; None for that of its place.
     """
 
     name: str
     points: Sequence[Point]
     style: str = "line"
     names: Sequence[str] = ()
+    colour: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

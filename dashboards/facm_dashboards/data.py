@@ -6,8 +6,9 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from contextlib import suppress
 from contextvars import copy_context
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
 from mlflow.tracking import MlflowClient
@@ -32,6 +33,7 @@ T = TypeVar("T")
 FRESH_SECONDS = 3.0
 """What was read less long ago is shown as it is."""
 _STALE_SECONDS = 600.0
+_PAUSE = 10.0
 _CURVES = 40_000
 _FILES = 64
 _VISITORS = 32
@@ -45,11 +47,13 @@ class Snapshot:
     Attributes:
         runs: The latest first.
         read_at: Seconds since 1970.
+        took: Seconds that reading them took.
         failure: Why they are not newer; None if they are as new as can be.
     """
 
     runs: Sequence[RunRecord]
     read_at: float
+    took: float
     failure: str | None = None
 
     def run(self, run_id: str) -> RunRecord | None:
@@ -147,9 +151,22 @@ class Data:
         age = time.time() - known.read_at
         if age > _STALE_SECONDS and known.failure is None:
             return self._read_again(key, known)
-        if age > FRESH_SECONDS:
+        # Of a large store, or one that is slow: it is not asked all the time.
+        if age > max(FRESH_SECONDS, _PAUSE * known.took):
             self._refresh(key, known)
         return known
+
+    def read_ahead(self) -> None:
+        """Begin to read the runs, where MLflow asks for no login: the first visitor need not wait.
+
+        Whatever fails is told to that visitor.
+        """
+
+        def work() -> None:
+            with suppress(Exception):
+                self.snapshot()
+
+        threading.Thread(target=work, daemon=True).start()
 
     def curves(
         self, runs: Sequence[RunRecord], metrics: Sequence[str]
@@ -222,8 +239,10 @@ class Data:
         return read
 
     def _read(self, key: str) -> Snapshot:
+        start = time.time()
         runs = read_runs(self.client, self._experiment)
-        return self._snapshots.put(key, Snapshot(runs, time.time()))
+        now = time.time()
+        return self._snapshots.put(key, Snapshot(runs, now, now - start))
 
     def _read_again(self, key: str, known: Snapshot) -> Snapshot:
         """What is new, or what is known with the reason why there is nothing newer."""
@@ -235,7 +254,7 @@ class Data:
                 self._snapshots.drop(key)
                 raise
             told = str(error).splitlines()[0][:300]
-            return self._snapshots.put(key, Snapshot(known.runs, known.read_at, told))
+            return self._snapshots.put(key, replace(known, failure=told))
 
     def _refresh(self, key: str, known: Snapshot) -> None:
         """Beside the request, which shows what is known."""

@@ -225,9 +225,10 @@ def _fid_by_steps(runs: Sequence[RunRecord], fids: Fids) -> Chart:
     series = [
         Series(
             name=run.name,
+            colour=place,
             points=[(steps.index(nfe), fid.value, fid.error) for nfe, fid in by_steps.items()],
         )
-        for run, by_steps in zip(runs, found, strict=True)
+        for place, (run, by_steps) in enumerate(zip(runs, found, strict=True))
     ]
     protocols = {fid.protocol for by_steps in found for fid in by_steps.values()}
     note = f"± standard error. Protocol: {'; '.join(sorted(protocols))}."
@@ -246,9 +247,11 @@ def _fid_by_steps(runs: Sequence[RunRecord], fids: Fids) -> Chart:
 
 def _fid_by_images(runs: Sequence[RunRecord], curves: Curves) -> Chart:
     series = []
-    for run, curve, error in zip(runs, curves["fid_nfe1"], curves["fid_nfe1_error"], strict=True):
+    together = zip(runs, curves["fid_nfe1"], curves["fid_nfe1_error"], strict=True)
+    for place, (run, curve, error) in enumerate(together):
         if curve is not None:
-            series.append(Series(name=run.name, points=points_of(curve, error)))
+            points = points_of(curve, error)
+            series.append(Series(name=run.name, points=points, colour=place))
     return Chart(
         key="fid-images",
         title="FID at one step against images",
@@ -270,8 +273,8 @@ def _across(
     curves: Curves,
 ) -> Chart:
     series = [
-        Series(name=run.name, points=points_of(curve))
-        for run, curve in zip(runs, curves[metric], strict=True)
+        Series(name=run.name, points=points_of(curve), colour=place)
+        for place, (run, curve) in enumerate(zip(runs, curves[metric], strict=True))
         if curve is not None
     ]
     empty = f"None of these runs has logged {metric}."

@@ -85,13 +85,13 @@
     const values = chart.series.flatMap((s) => s.points.map((p) => p[1])).filter((v) => v !== null);
     const many = chart.series.length > 8;
     const series = chart.series.flatMap((one, k) => {
-      const colour = one.style === "best" ? css("s1") : one.style === "faint" ? css("s7") : palette[k % 8];
+      const colour = one.style === "best" ? css("s1") : one.style === "faint" ? css("s7") : palette[(one.colour ?? k) % 8];
       const dots = one.style === "dots";
       const main = {
         type: dots ? "scatter" : "line",
         name: one.name,
         data: one.points.map((p, i) => ({ value: [p[0], p[1]], name: one.names[i] || "" })),
-        symbol: SYMBOLS[k % 8],
+        symbol: SYMBOLS[(one.colour ?? k) % 8],
         symbolSize: dots || one.style === "best" ? 9 : 6,
         showSymbol: one.points.length < 40,
         color: colour,
@@ -106,7 +106,7 @@
     return {
       ...base(),
       grid: room({ top: chart.series.length > 1 && !many ? 54 : 30 }),
-      legend: { show: chart.series.length > 1 && !many, top: 0, left: 0, type: "scroll", itemWidth: 16, itemHeight: 8, itemGap: 12, textStyle: { color: css("ink") }, inactiveColor: css("soft"), pageTextStyle: { color: css("soft") }, data: chart.series.map((s) => s.name) },
+      legend: { show: chart.series.length > 1 && !many, top: 0, left: 0, type: "scroll", itemWidth: 16, itemHeight: 13, itemGap: 12, textStyle: { color: css("ink") }, inactiveColor: css("soft"), pageTextStyle: { color: css("soft") }, data: chart.series.map((s) => s.name) },
       xAxis: axisOf(chart.x.form === "images" ? { ...chart.x, low: 0, high: Math.max(...chart.series.flatMap((s) => s.points.map((p) => p[0]))) } : chart.x, false),
       yAxis: axisOf(y, true),
       tooltip: {
@@ -165,7 +165,7 @@
     ...base(),
     grid: room({ right: 56, top: 8 }),
     xAxis: { ...axisOf(chart.x, false), splitLine: { show: true, lineStyle: { color: css("line") } } },
-    yAxis: { ...axisOf(chart.y, true), axisLabel: { color: css("ink"), fontSize: 11, formatter: (name) => name.replace(" (", "\n(") } },
+    yAxis: { ...axisOf(chart.y, true), axisLabel: { color: css("ink"), fontSize: 11, lineHeight: 13, formatter: (name) => (narrow() ? name.replace(" (", "\n(").replace(".", ".\n") : name) } },
     tooltip: { show: false },
     series: [{ type: "bar", name: chart.series[0].name, data: chart.series[0].points, barMaxWidth: 22, label: { show: true, position: "right", color: css("ink"), formatter: ({ value }) => written(chart.x)(value[0]) } }],
   });
@@ -183,7 +183,7 @@
         name: narrow() ? axis.name : axis.name.replace(" (", "\n("),
         nameTextStyle: { color: css("ink"), fontSize: 11, lineHeight: 14 },
         nameLocation: narrow() ? "start" : "end",
-        ...(narrow() ? { nameGap: 0, nameTextStyle: { color: css("ink"), fontSize: 11, align: "left", padding: [0, 0, 30, 0] } } : {}),
+        ...(narrow() ? { nameGap: 0, nameTextStyle: { color: css("ink"), fontSize: 11, align: "left", verticalAlign: "bottom", padding: [0, 0, 8, 0] } } : {}),
         type: axis.labels.length ? "category" : axis.log && !(dim === last) ? "log" : "value",
         data: axis.labels.length ? axis.labels : undefined,
         min: axis.low ?? (dim === last ? "dataMin" : undefined),

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import posixpath
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
 from dataclasses import dataclass
@@ -14,8 +15,10 @@ from typing import Any
 
 import numpy as np
 from mlflow.entities import Run as MlflowRun
-from mlflow.exceptions import MlflowException
+from mlflow.exceptions import MlflowException, get_error_code
 from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST, ErrorCode
+from mlflow.store.tracking.dbmodels.models import SqlMetric
+from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 from mlflow.tracking import MlflowClient
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 from mlflow.utils.rest_utils import http_request
@@ -119,22 +122,14 @@ def read_curves(
 ) -> dict[tuple[str, str], Curve]:
     """Curves by (run, metric), of those that have one; a call for each metric, not for each run."""
     store: Any = client._tracking_client.store
-    chunks = [run_ids[at : at + _BULK_RUNS] for at in range(0, len(run_ids), _BULK_RUNS)]
-    work = [(metric, chunk) for metric in metrics for chunk in chunks]
-    if hasattr(store, "get_metric_history_bulk"):
-        answers = [_from_database(store, *one) for one in work]
+    if isinstance(store, SqlAlchemyStore):
+        found: Iterable[_Point] = _from_database(store, run_ids, metrics)
     else:
-        with ThreadPoolExecutor(_PARALLEL) as pool:
-            # In a context of each thread's own: it may carry the user's name.
-            pending = [
-                pool.submit(copy_context().run, partial(_from_server, store, *one)) for one in work
-            ]
-            answers = [one.result() for one in pending]
+        found = _from_server(store, run_ids, metrics)
     points: dict[tuple[str, str], dict[int, float]] = {}
-    for (metric, _), answer in zip(work, answers, strict=True):
-        for run_id, images, value in answer:
-            points.setdefault((run_id, metric), {})[images] = value
-    return {key: _curve(found) for key, found in points.items()}
+    for run_id, metric, images, value in found:
+        points.setdefault((run_id, metric), {})[images] = value
+    return {key: _curve(some) for key, some in points.items()}
 
 
 def list_artifacts(client: MlflowClient, run_id: str, folder: str = "") -> dict[str, int]:
@@ -189,15 +184,41 @@ def _record(run: MlflowRun) -> RunRecord:
     )
 
 
-_Points = list[tuple[str, int, float]]
+_Point = tuple[str, str, int, float]
+"""Run, metric, images, value."""
 
 
-def _from_database(store: Any, metric: str, run_ids: Sequence[str]) -> _Points:
-    found = store.get_metric_history_bulk(run_ids, metric, _BULK_POINTS * _BULK_RUNS)
-    return [(one.run_id, one.step, one.value) for one in found]
+def _from_database(
+    store: SqlAlchemyStore, run_ids: Sequence[str], metrics: Sequence[str]
+) -> list[_Point]:
+    """All at once, as rows: the objects that MLflow makes of them take five times longer."""
+    columns = (SqlMetric.run_uuid, SqlMetric.key, SqlMetric.step, SqlMetric.value, SqlMetric.is_nan)
+    with store.ManagedSessionMaker() as session:
+        rows = (
+            session.query(*columns)
+            .filter(SqlMetric.run_uuid.in_(run_ids), SqlMetric.key.in_(metrics))
+            .order_by(SqlMetric.timestamp)
+            .all()
+        )
+    return [
+        (run, key, step, math.nan if is_nan else value) for run, key, step, value, is_nan in rows
+    ]
 
 
-def _from_server(store: Any, metric: str, run_ids: Sequence[str]) -> _Points:
+def _from_server(store: Any, run_ids: Sequence[str], metrics: Sequence[str]) -> list[_Point]:
+    """Some metrics at a time."""
+    chunks = [run_ids[at : at + _BULK_RUNS] for at in range(0, len(run_ids), _BULK_RUNS)]
+    with ThreadPoolExecutor(_PARALLEL) as pool:
+        # In a context of each thread's own: it may carry the user's name.
+        pending = [
+            pool.submit(copy_context().run, partial(_ask_server, store, metric, chunk))
+            for metric in metrics
+            for chunk in chunks
+        ]
+        return [point for one in pending for point in one.result()]
+
+
+def _ask_server(store: Any, metric: str, run_ids: Sequence[str]) -> list[_Point]:
     """What its own pages ask; where that is too much at once, run by run."""
     parameters = {"run_id": list(run_ids), "metric_key": metric, "max_results": _BULK_POINTS}
     answer = http_request(  # type: ignore[no-untyped-call]
@@ -205,12 +226,13 @@ def _from_server(store: Any, metric: str, run_ids: Sequence[str]) -> _Points:
     )
     if answer.status_code != 200:
         told = f"the tracking server answers {answer.status_code} to {_BULK}"
-        raise MlflowException(told, int(answer.status_code))
+        code = get_error_code(answer.status_code)  # type: ignore[no-untyped-call]
+        raise MlflowException(told, code)
     found = answer.json()["metrics"]
     if len(found) < _BULK_POINTS:
-        return [(one["run_id"], one["step"], one["value"]) for one in found]
+        return [(one["run_id"], metric, one["step"], one["value"]) for one in found]
     return [
-        (run_id, one.step, one.value)
+        (run_id, metric, one.step, one.value)
         for run_id in run_ids
         for one in store.get_metric_history(run_id, metric)
     ]
