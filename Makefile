@@ -1,6 +1,7 @@
 # Everything runs from .venv, which is made here from nothing but Python 3.11-3.14.
 PYTHON ?= python3
 PORT ?= 5000
+HOST ?= 127.0.0.1
 SEEDS ?= 10
 ARGS ?=
 
@@ -15,7 +16,7 @@ SCANNERS := $(SCAN_VENV)/.locked
 UV_VENV := .venv-uv
 
 .DEFAULT_GOAL := help
-.PHONY: help setup scanners stack stack-stop quickstart test test-slow drill check format ui lock clean distclean
+.PHONY: help setup scanners stack stack-stop quickstart test test-slow drill check format ui board lock clean distclean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -71,6 +72,11 @@ ui: $(LOCKED) ## look at the runs in a browser (PORT=5000)
 	@test -f runs/mlflow.db || { echo "error: no runs/mlflow.db yet; start with: make quickstart" >&2; exit 1; }
 	MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false $(BIN)/mlflow ui \
 		--host 127.0.0.1 --port $(PORT) --backend-store-uri sqlite:///runs/mlflow.db
+
+# MLflow's own pages are `make ui`.
+board: $(LOCKED) ## see runs, searches and the registry in a browser (PORT=5050 HOST=127.0.0.1)
+	PYTHONPATH=.:platform:dashboards $(BIN)/python -m facm_dashboards \
+		--host $(HOST) --port $(if $(filter file,$(origin PORT)),5050,$(PORT)) $(ARGS)
 
 # One version per package for every Python, so that all of them compute the same numbers.
 lock: ## resolve requirements.lock anew from pyproject.toml

@@ -22,6 +22,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 CORE = "facm_core"
 PLATFORM = "platform/facm_platform"
+DASHBOARDS = "dashboards/facm_dashboards"
 
 CORE_IMPORTS = {"facm_core", "torch", "numpy", "safetensors"}
 CORE_MAY_IMPORT = {"diffusers", "triton"}
@@ -34,8 +35,9 @@ NOT_IN_CORE = {
     "facm_platform",
     "jobs",
     "dashboards",
+    "facm_dashboards",
 }
-ABOVE_PLATFORM = {"jobs", "dashboards"}
+ABOVE_PLATFORM = {"jobs", "dashboards", "facm_dashboards"}
 UNPICKLERS = {
     f"{module}.{name}"
     for module in ("pickle", "_pickle", "cloudpickle", "dill", "joblib", "ray.cloudpickle")
@@ -159,7 +161,9 @@ def core_runs_on_its_own(root: Path) -> list[str]:
 
 def every_folder_of_modules_is_a_package(root: Path) -> list[str]:
     """One without `__init__.py` would be left out of the wheel, and unseen by the rule above."""
-    folders = {file.parent for name in (CORE, PLATFORM) for file in (root / name).rglob("*.py")}
+    folders = {
+        file.parent for name in (CORE, PLATFORM, DASHBOARDS) for file in (root / name).rglob("*.py")
+    }
     return sorted(str(f.relative_to(root)) for f in folders if not (f / "__init__.py").exists())
 
 

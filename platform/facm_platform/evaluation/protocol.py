@@ -16,7 +16,7 @@ from facm_core.errors import InvalidInputError
 LABEL_POLICIES = ("balanced", "random")
 
 # One stride between seeds: the samples of two seeds never share noise.
-_SEED_STRIDE = 2**32
+SEED_STRIDE = 2**32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +62,7 @@ class Protocol:
 
     def sample_seeds(self, start: int, stop: int) -> list[int]:
         """Seeds of the samples [start, stop)."""
-        return [self.seed * _SEED_STRIDE + i for i in range(start, stop)]
+        return [self.seed * SEED_STRIDE + i for i in range(start, stop)]
 
     def sample_labels(self, start: int, stop: int, num_classes: int) -> Tensor:
         """Labels of the samples [start, stop), int64."""

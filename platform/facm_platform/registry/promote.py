@@ -92,8 +92,8 @@ class PromotePlan:
         what = "roll back to" if self.config.rollback else "promote"
         return f"{what} {self.version}: {self._numbers}"
 
-    def execute(self) -> JobResult:
-        """Move the aliases, and say who did it, when and why."""
+    def execute(self, who: str | None = None) -> JobResult:
+        """Move the aliases, and say who did it (None: this process's user), when and why."""
         config = self.config
         # An earlier one that died half way.
         self.promotions.complete()
@@ -102,7 +102,7 @@ class PromotePlan:
                 number=self.number,
                 version=self.version.number,
                 previous=self.champion.number if self.champion else None,
-                who=getpass.getuser(),
+                who=who or getpass.getuser(),
                 when=datetime.now(UTC).isoformat(timespec="seconds"),
                 why="; ".join(filter(None, [config.reason, self.describe()])),
             )
@@ -146,7 +146,8 @@ def prepare(config: PromoteConfig) -> PromotePlan:
     version = _previous(promotions, config) if config.rollback else _named(client, config, uri)
     if champion is not None and champion.number == version.number:
         raise Refused(f"{version} is not promoted: it is the champion already")
-    failed = [] if config.rollback else list(_compare(version, champion, config))
+    judged = [] if config.rollback else gates(version, champion, config)
+    failed = [objection for gate in judged for objection in gate.objections]
     failed += _artefact(version, uri)
     if failed:
         raise Refused(f"{version} is not promoted: " + "; ".join(failed))
@@ -176,43 +177,95 @@ def _previous(promotions: Promotions, config: PromoteConfig) -> Version:
     return version
 
 
-def _compare(version: Version, champion: Version | None, config: PromoteConfig) -> Iterator[str]:
-    """What speaks against its numbers."""
-    nfe, lowest = config.nfe, config.min_precision
-    fid = version.fid(nfe)
+@dataclass(frozen=True)
+class Gate:
+    """One condition of a promotion that numbers decide.
+
+    Attributes:
+        name: What is looked at.
+        measured: Of the version.
+        needed: What lets it pass.
+        objections: What speaks against it; empty if it passes.
+    """
+
+    name: str
+    measured: str
+    needed: str
+    objections: tuple[str, ...] = ()
+
+
+def gates(version: Version, champion: Version | None, config: PromoteConfig) -> Iterator[Gate]:
+    """The numbers of a version, against the champion's. (`prepare` looks at its artefact, too.)"""
+    nfe = config.nfe
+    objections = tuple(_fid(version, champion, config))
+    needed = "finite"
+    if champion is not None:
+        error = _joint_error(version, champion, nfe)
+        needed = f"below {_told(champion, nfe)} by {config.z:g} joint standard errors"
+        needed += "" if error is None else f" ({config.z * error:.2g})"
+    yield Gate(f"FID at {nfe} step(s)", _told(version, nfe), needed, objections)
+    if champion is not None:
+        yield Gate(
+            "protocol",
+            str(version.protocol_id),
+            str(champion.protocol_id),
+            tuple(_protocol(version, champion)),
+        )
+    if config.min_precision is not None:
+        precision = version.metric(f"precision_nfe{nfe}")
+        yield Gate(
+            f"precision at {nfe} step(s)",
+            "not measured" if precision is None else f"{precision:.4g}",
+            f"{config.min_precision:g} or more",
+            tuple(_precision(precision, config)),
+        )
+
+
+def _fid(version: Version, champion: Version | None, config: PromoteConfig) -> Iterator[str]:
+    nfe, fid = config.nfe, version.fid(config.nfe)
     if fid is None:
         yield f"its FID at nfe = {nfe} was not measured"
     elif not math.isfinite(fid):
         yield f"its FID at nfe = {nfe} is {fid}"
-    if lowest is not None:
-        precision = version.metric(f"precision_nfe{nfe}")
-        if precision is None:
-            yield f"its precision at nfe = {nfe} was not measured"
-        elif precision < lowest:
-            yield f"its precision at nfe = {nfe} is {precision:.4g}, below {lowest:g}"
-    if champion is None:
-        return
-    if champion.protocol_id != version.protocol_id:
-        yield (
-            f"its FID is by protocol {version.protocol_id}, that of the champion ({champion}) "
-            f"by {champion.protocol_id}: evaluate both by one protocol"
-        )
+    if champion is None or champion.protocol_id != version.protocol_id:
         return
     former = champion.fid(nfe)
     if former is None:
         yield f"the FID of the champion ({champion}) at nfe = {nfe} was not measured"
     if fid is None or former is None:
         return
-    errors = [one.metric(f"fid_nfe{nfe}_error") for one in (version, champion)]
-    known = [error for error in errors if error is not None]
-    if len(known) < 2 and config.z:
+    error = _joint_error(version, champion, nfe)
+    if error is None and config.z:
         yield f"the error of its FID or of that of the champion ({champion}) was not measured"
-    elif not fid < former - config.z * math.hypot(*known):
+    elif not fid < former - config.z * (error or 0.0):
         yield (
             f"its FID at nfe = {nfe} is {_told(version, nfe)}, not better than "
             f"{_told(champion, nfe)} of the champion ({champion}) by more than "
             f"{config.z:g} joint standard errors, both by protocol {version.protocol_id}"
         )
+
+
+def _joint_error(version: Version, champion: Version, nfe: int) -> float | None:
+    """Of the difference of their FIDs; None where one was not measured."""
+    errors = [one.metric(f"fid_nfe{nfe}_error") for one in (version, champion)]
+    known = [error for error in errors if error is not None]
+    return math.hypot(*known) if len(known) == 2 else None
+
+
+def _protocol(version: Version, champion: Version) -> Iterator[str]:
+    if champion.protocol_id != version.protocol_id:
+        yield (
+            f"its FID is by protocol {version.protocol_id}, that of the champion ({champion}) "
+            f"by {champion.protocol_id}: evaluate both by one protocol"
+        )
+
+
+def _precision(precision: float | None, config: PromoteConfig) -> Iterator[str]:
+    lowest = config.min_precision
+    if precision is None:
+        yield f"its precision at nfe = {config.nfe} was not measured"
+    elif lowest is not None and precision < lowest:
+        yield f"its precision at nfe = {config.nfe} is {precision:.4g}, below {lowest:g}"
 
 
 def _artefact(version: Version, tracking_uri: str) -> Iterator[str]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import mlflow.artifacts
+from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import (
     RESOURCE_ALREADY_EXISTS,
@@ -22,6 +23,8 @@ from facm_platform.tracking import Run
 from facm_platform.tracking.run import TAG_PREFIX
 
 CHALLENGER, CHAMPION, PREVIOUS = "challenger", "champion", "previous"
+
+_PER_CALL = 200
 
 
 @dataclass(frozen=True)
@@ -106,12 +109,38 @@ def get_version(client: MlflowClient, model: str, number: str) -> Version | None
         if error.error_code != ErrorCode.Name(RESOURCE_DOES_NOT_EXIST):
             raise
         return None
+    return _version(version)
+
+
+def list_models(client: MlflowClient) -> dict[str, dict[str, str]]:
+    """Aliases of every registered model, with the numbers of their versions."""
+    found: dict[str, dict[str, str]] = {}
+    token: str | None = None
+    while token is None or token:
+        page = client.search_registered_models(max_results=_PER_CALL, page_token=token)
+        found |= {m.name: {k: str(v) for k, v in m.aliases.items()} for m in page}
+        token = page.token or ""
+    return found
+
+
+def list_versions(client: MlflowClient) -> list[Version]:
+    """All versions of all models, the latest of each first."""
+    found: list[Version] = []
+    token: str | None = None
+    while token is None or token:
+        page = client.search_model_versions(max_results=_PER_CALL, page_token=token)
+        found += [_version(one) for one in page]
+        token = page.token or ""
+    return sorted(found, key=lambda version: (version.model, -int(version.number)))
+
+
+def _version(found: ModelVersion) -> Version:
     tags = {
         key.removeprefix(TAG_PREFIX): value
-        for key, value in version.tags.items()
+        for key, value in found.tags.items()
         if key.startswith(TAG_PREFIX)
     }
-    return Version(model, str(version.version), str(version.source), str(version.run_id), tags)
+    return Version(found.name, str(found.version), str(found.source), str(found.run_id), tags)
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from facm_platform.config import JobResult, Refused, as_dict, as_yaml, load_conf
 from facm_platform.search.config import PBT, SearchConfig
 from facm_platform.search.findings import Confirmed, Findings
 from facm_platform.search.proposals import Listed, Proposals, Study
+from facm_platform.search.published import RECORDS, records_text
 from facm_platform.search.records import STOPPED, Record, Records
 from facm_platform.search.report import LEADERBOARD, REPORT, gist, leaderboard, report_files
 from facm_platform.search.runner import Room, room_for, run_trials
@@ -307,6 +308,7 @@ class _Execution:
         text = leaderboard(config, list(self._trials))
         storage.write_bytes(storage.join(self._plan.folder_uri, LEADERBOARD), text.encode())
         self._parent.log_text(text, LEADERBOARD)
+        self._parent.log_text(records_text(self._trials, self._confirming), RECORDS)
         # Those that were left for another one, or stopped, still stand as running.
         for name in record.runs if record.state == STOPPED else record.runs[:-1]:
             run = find_run(self._parent.store, name, distill.JOB)

@@ -19,11 +19,12 @@ from facm_platform.search.trial import IMAGES, Trial
 Make = Callable[[int, Mapping[str, Any], Values], Trial]
 """(number, params, values) -> the trial."""
 
-_STATES = {
+STATES = {
     FINISHED: TrialState.COMPLETE,
     STOPPED: TrialState.PRUNED,
     FAILED: TrialState.FAIL,
 }
+"""How Optuna calls the end of a trial."""
 # Between the seeds of two proposals.
 _STRIDE = 10_007
 
@@ -105,7 +106,7 @@ class Study:
             for one in record.measured:
                 asked.report(one[self._objectives[0]], int(one[IMAGES]))
         found = [record.last[name] for name in self._objectives] if record.finished else None
-        self.study.tell(asked, found, state=_STATES[record.state])
+        self.study.tell(asked, found, state=STATES[record.state])
 
     def _waiting(self) -> int:
         return len(self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,)))

@@ -18,6 +18,7 @@ from facm_platform.config import JobResult, as_dict
 from facm_platform.config.sections import DataConfig, RunConfig
 from facm_platform.latents import LatentManifest
 from facm_platform.latents.inspection import check_small_set
+from facm_platform.registry.artifact import WEIGHTS
 from facm_platform.tracking import (
     check_run_name,
     check_store,
@@ -164,6 +165,8 @@ def execute(
                     tracked.log_artifact(folder, "skipped")
         with storage.local_copy(task.artifact_uri) as folder:
             tracked.log_artifact(folder, "model")
+            # By which those that are made from it name it.
+            tracked.set_tags({"model_sha256": storage.file_sha256(folder / WEIGHTS)})
     return JobResult(
         run_id=tracked.run_id, run_name=run.name, artifact_uri=task.artifact_uri, metrics=metrics
     )

@@ -17,6 +17,12 @@ from facm_platform.evaluation.reference import find_reference, reference_name
 from facm_platform.tracking import MetricSender
 from facm_platform.training.config import error_name, fid_name
 from facm_platform.training.export import export
+from facm_platform.training.sheets import (
+    SHEET_CLASSES,
+    SHEET_SAMPLES,
+    ShownBySteps,
+    log_sheets,
+)
 from facm_platform.training.task import TrainingTask
 
 VALIDATION = "validation"
@@ -32,8 +38,10 @@ def measure(task: TrainingTask, checkpoint: Checkpoint) -> dict[str, float]:
     """
     # Ray's address of it lacks the scheme of the store.
     uri = storage.join(task.folder_uri, Path(checkpoint.path).name)
-    images_seen, found = distances(task, uri)
+    shown: ShownBySteps = {}
+    images_seen, found = distances(task, uri, shown=shown)
     if task.run_id is not None:
+        log_sheets(task, images_seen, shown)
         spool = Path(tempfile.gettempdir(), "facm_metrics", f"{task.run_id}-validation.jsonl")
         sender = MetricSender(task.tracking_uri, task.run_id, spool)
         sender.send(found, images_seen)
@@ -57,7 +65,10 @@ def measured(folder_uri: str, skip: int = 0) -> list[dict[str, float]]:
 
 
 def distances(
-    task: TrainingTask, checkpoint_uri: str, sigma_rel: float | None = None
+    task: TrainingTask,
+    checkpoint_uri: str,
+    sigma_rel: float | None = None,
+    shown: ShownBySteps | None = None,
 ) -> tuple[int, dict[str, float]]:
     """FID of a checkpoint's average at each step count, each with its standard error.
 
@@ -65,6 +76,7 @@ def distances(
         task: Whose checkpoint it is; it has a `validation`.
         checkpoint_uri: Its folder.
         sigma_rel: Width of the average, see `export`.
+        shown: Takes some of the images, by steps.
 
     Returns:
         The images seen, and the metrics.
@@ -91,6 +103,8 @@ def distances(
         view=View(
             kind=config.extractor,
             features_uri=extractor.uri,
+            shown_classes=0 if shown is None else SHEET_CLASSES,
+            shown_samples=0 if shown is None else SHEET_SAMPLES,
             # Of those that may make the reference, which others may share.
             keep=protocol.kept_features,
             batch_size=config.batch_size,
@@ -107,4 +121,6 @@ def distances(
             blocks = [evaluator.block(student, steps, *edge) for edge in workload.parts()]
             fid, error = distance_with_error([block.statistics for block in blocks], reference)
             found |= {fid_name(steps): fid, error_name(steps): error}
+            if shown is not None:
+                shown[steps] = {key: one for block in blocks for key, one in block.shown.items()}
     return int(exported.metrics["images_seen"]), found
