@@ -165,7 +165,7 @@
     ...base(),
     grid: room({ right: 56, top: 8 }),
     xAxis: { ...axisOf(chart.x, false), splitLine: { show: true, lineStyle: { color: css("line") } } },
-    yAxis: { ...axisOf(chart.y, true), axisLabel: { color: css("ink"), fontSize: 11, lineHeight: 13, formatter: (name) => (narrow() ? name.replace(" (", "\n(").replace(".", ".\n") : name) } },
+    yAxis: { ...axisOf(chart.y, true), axisLabel: { color: css("ink"), fontSize: 11, lineHeight: 13, formatter: (name) => (narrow() ? name.replace(".", ".\n") : name).replace(" (", "\n(") } },
     tooltip: { show: false },
     series: [{ type: "bar", name: chart.series[0].name, data: chart.series[0].points, barMaxWidth: 22, label: { show: true, position: "right", color: css("ink"), formatter: ({ value }) => written(chart.x)(value[0]) } }],
   });
