@@ -35,15 +35,15 @@ NOT_OURS = {
 }
 # What bandit says of our code and is not so; the tests of other rooms cover each.
 NOT_SO = {
+    ("B704", "dashboards/facm_dashboards/view.py"): "the reader escapes all HTML of an author",
+    ("B310", "infra/local/stack.py"): "the addresses are http://127.0.0.1, literally",
     ("B310", "platform/facm_platform/serving/prometheus.py"): "the address is http://, literally",
     ("B615", "platform/facm_platform/evaluation/dinov2.py"): "local_files_only",
 }
+
+
 # What detect-secrets takes for one.
-NO_SECRET = {
-    "infra/aws/cluster.yaml": "the place of the key's address, which Terraform fills in",
-    "infra/aws/modules/tracking/database.tf": "manage_master_user_password = true",
-    "platform/facm_platform/serving/plan.py": "the name of an environment variable",
-}
+NO_SECRET = {("dashboards/vendored.json", "Base64 High Entropy String"): "hashes of packages"}
 
 
 def scan(tool: str, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -117,14 +117,14 @@ def test_bandit(tmp_path: Path) -> None:
     # Medium and above: below it objects to assertions and to random numbers in tests of chance.
     done = scan("bandit", "--quiet", "-ll", "--format", "json", "--recursive", *code)
     found = {(r["test_id"], r["filename"]) for r in json.loads(done.stdout)["results"]}
-    assert found == set(NOT_SO)
+    assert found == {known for known in NOT_SO if (ROOT / known[1]).exists()}
     (tmp_path / "a.py").write_text("import subprocess\nsubprocess.run(x, shell=True)\n")
     assert "B602" in scan("bandit", "--quiet", str(tmp_path / "a.py")).stdout
 
 
 def test_detect_secrets(tmp_path: Path) -> None:
     code = [folder for folder in CODE if (ROOT / folder).is_dir()]
-    assert secrets(ROOT, *code) == {(file, "Secret Keyword") for file in NO_SECRET}
+    assert secrets(ROOT, *code) == {known for known in NO_SECRET if (ROOT / known[0]).exists()}
     # Put together here, or the scanners of others would find it.
     (tmp_path / "a.yaml").write_text(f"{'AKIA'}{'Q3ZX5N7L' * 2}\n")
     assert secrets(tmp_path, "--all-files", ".") == {("a.yaml", "AWS Access Key")}
