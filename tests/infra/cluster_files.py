@@ -65,6 +65,8 @@ def _common(config: Config, cloud: str) -> Iterator[str]:
     for key in START:
         if not any("RAY_AUTH_MODE=token" in line for line in config[key]):
             yield f"{key} start Ray without the token"
+        if cloud == "aws" and "AWS_DEFAULT_REGION=" not in str(config[key]):
+            yield f"{key} tell no region: S3 is asked in us-east-1"
     if not any("--dashboard-host=127.0.0.1" in line for line in config[START[0]]):
         yield "the dashboard listens on the network"
     workers = [name for name in types if name != config["head_node_type"]]

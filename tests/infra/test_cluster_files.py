@@ -49,6 +49,7 @@ COMMON: list[tuple[Mutation, str]] = [
     (lambda c: c["available_node_types"]["gpu_on_demand"].update(priority=1), "priority"),
 ]
 AWS: list[tuple[Mutation, str]] = [
+    (lambda c: c.update(worker_start_ray_commands=["RAY_AUTH_MODE=token ray start"]), "no region"),
     (lambda c: machine(c).update(InstanceTyp="p5.4xlarge"), "no InstanceTyp"),
     (lambda c: machine(c).update(InstanceType=["p5.4xlarge"]), "Invalid type"),
     (lambda c: machine(c)["MetadataOptions"].update(HttpToken="required"), "no HttpToken"),
