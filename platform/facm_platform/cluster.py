@@ -61,6 +61,11 @@ def cluster_address() -> str | None:
         return None if probe.connect_ex((host, int(port))) == 0 else "local"
 
 
+def grows() -> bool:
+    """Whether the connected cluster gets more machines when they are needed."""
+    return bool(is_autoscaler_v2(fetch_from_server=True))
+
+
 def require_cpus(field: str, cpus: float, spare: float) -> None:
     """Make sure that the connected cluster has `cpus` for workers and `spare` for their data.
 
@@ -70,7 +75,7 @@ def require_cpus(field: str, cpus: float, spare: float) -> None:
     Raises:
         InvalidInputError: with what there is; a run that does not fit would wait for ever.
     """
-    if is_autoscaler_v2(fetch_from_server=True):
+    if grows():
         return
     total = float(ray.cluster_resources().get("CPU", 0))  # type: ignore[no-untyped-call]
     if cpus + spare > total:

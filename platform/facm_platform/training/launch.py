@@ -18,7 +18,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2._internal import constants
 from ray.train.v2.api.validation_config import ValidationConfig
 
-from facm_platform.cluster import require_cpus
+from facm_platform.cluster import grows, require_cpus
 from facm_platform.latents.source import READ_TASK_CPUS
 from facm_platform.storage import filesystem
 from facm_platform.training.config import WorkersConfig
@@ -56,7 +56,9 @@ def launch(task: TrainingTask, workers: WorkersConfig) -> dict[str, float]:
     require_cpus("workers", fewest * workers.cpus, spare)
     # How often the controller looks at its workers, which is what a checkpoint's report waits for.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
-    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "120")
+    # A new machine with GPUs takes minutes to come, and a scarce one longer.
+    patience = "1800" if grows() else "120"
+    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", patience)
     folder, _, name = task.folder_uri.rpartition("/")
     # Ours, because Ray's own gives up on an object store within seconds.
     store, path = filesystem(folder)
