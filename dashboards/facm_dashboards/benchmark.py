@@ -51,10 +51,16 @@ def write_store(folder: Path, runs: int, metrics: int, points: int) -> tuple[Sto
 
     last = points * _STEP_IMAGES
     with sqlite3.connect(folder / "mlflow.db") as database:
-        columns = "(key, value, timestamp, run_uuid, step, is_nan)"
-        database.executemany(f"insert into metrics {columns} values (?, ?, ?, ?, ?, ?)", rows())
-        latest = f"insert into latest_metrics {columns} select {columns[1:-1]} from metrics"
-        database.execute(f"{latest} where step = ?", [last])
+        database.executemany(
+            "insert into metrics (key, value, timestamp, run_uuid, step, is_nan) "
+            "values (?, ?, ?, ?, ?, ?)",
+            rows(),
+        )
+        database.execute(
+            "insert into latest_metrics (key, value, timestamp, run_uuid, step, is_nan) "
+            "select key, value, timestamp, run_uuid, step, is_nan from metrics where step = ?",
+            [last],
+        )
         given = [(f"objective.value_{k}", str(k), run_id) for run_id in ids for k in range(60)]
         database.executemany("insert into params (key, value, run_uuid) values (?, ?, ?)", given)
         database.execute("update runs set status = 'FINISHED', end_time = start_time + 1000")

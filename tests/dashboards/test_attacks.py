@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -19,7 +20,7 @@ from facm_core.errors import InvalidInputError
 from facm_dashboards.__main__ import main
 from facm_dashboards.config import BoardConfig, check_bind
 from facm_platform.registry.versions import CHAMPION, find_version
-from facm_platform.tracking import TrackingConfig
+from facm_platform.tracking import TrackingConfig, connect_store
 from tests.conftest import answers_on, free_port
 from tests.dashboards.conftest import client
 from tests.dashboards.gallery import HOSTILE, MODEL, Gallery
@@ -276,18 +277,29 @@ class LoginServer:
 
 
 @pytest.fixture(scope="module")
+def copied(tmp_path_factory: pytest.TempPathFactory, gallery: Gallery) -> Gallery:
+    """A copy of the gallery, in which promotions may happen."""
+    root = tmp_path_factory.mktemp("logins") / "runs"
+    shutil.copytree(gallery.root, root)
+    tracking = TrackingConfig(uri=f"sqlite:///{root / 'mlflow.db'}")
+    return Gallery(root, connect_store(tracking, root), gallery.runs)
+
+
+@pytest.fixture(scope="module")
 def login_server(
-    tmp_path_factory: pytest.TempPathFactory, gallery: Gallery
+    tmp_path_factory: pytest.TempPathFactory, copied: Gallery
 ) -> Iterator[LoginServer]:
     pytest.importorskip("flask_wtf", reason="MLflow's logins need mlflow[auth]")
-    with LoginServer(tmp_path_factory.mktemp("auth"), gallery) as server:
+    with LoginServer(tmp_path_factory.mktemp("auth"), copied) as server:
         yield server
 
 
 def test_viewers_look_and_promoters_promote(
-    login_server: LoginServer, config: BoardConfig, gallery: Gallery
+    login_server: LoginServer, config: BoardConfig, copied: Gallery
 ) -> None:
-    behind = replace(config, tracking=TrackingConfig(uri=login_server.uri))
+    behind = replace(
+        config, storage_uri=str(copied.root), tracking=TrackingConfig(uri=login_server.uri)
+    )
     check_bind(replace(behind, host="0.0.0.0"))
     board = client(behind)
     asked = board.get("/runs")
@@ -299,26 +311,26 @@ def test_viewers_look_and_promoters_promote(
     # What was read for one is not shown to another, who is nobody.
     assert board.get("/runs").status_code == 401
     assert board.get("/runs/rows").status_code == 401
-    run = gallery.runs["strong-anchor"]
+    run = copied.runs["strong-anchor"]
     charts = {one["key"]: one for one in board.get(f"/runs/{run}/charts.json", auth=viewer).json()}
     assert len(charts["losses"]["series"][0]["points"]) == 12
 
     page = f"/registry/{MODEL}/1"
-    before = champion(gallery)
+    before = champion(copied)
     assert "ask for MLflow" in board.get(page, auth=viewer).text
     refused = board.post(PROMOTE, content=b"nfe=1", headers=FORM, auth=viewer)
     assert refused.status_code == 403
     assert board.post(PROMOTE, content=b"nfe=1", headers=FORM).status_code == 401
-    assert champion(gallery) == before
-    assert not (gallery.root / "promotions").exists() or before is not None
+    assert champion(copied) == before
+    assert not (copied.root / "promotions").exists() or before is not None
 
-    gallery.register(1.0)
-    number = gallery.store.client.get_model_version_by_alias(MODEL, "challenger").version
+    copied.register(1.0)
+    number = copied.store.client.get_model_version_by_alias(MODEL, "challenger").version
     address = f"/registry/{MODEL}/{number}/promote"
     assert "Promote to champion" in board.get(address.rpartition("/")[0], auth=promoter).text
     done = board.post(address, content=b"nfe=1&reason=better", headers=FORM, auth=promoter)
     assert done.status_code == 303, done.text
-    assert champion(gallery) == str(number)
-    tags = gallery.store.client.get_model_version(MODEL, number).tags
+    assert champion(copied) == str(number)
+    tags = copied.store.client.get_model_version(MODEL, number).tags
     assert tags["facm.promoted_by"] == "paul"
     assert tags["facm.promoted_because"].startswith("better; promote digits version")
