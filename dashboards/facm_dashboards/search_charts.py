@@ -121,10 +121,10 @@ def _parallel(findings: Findings) -> Chart:
     axes = [_axis(dimension) for dimension in dimensions]
     axes += [Axis(name=short(c.name), labels=list(c.spaces)) for c in space.alternatives]
     names = [d.name for d in dimensions] + [c.name for c in space.alternatives]
-    axes += [Axis(name=metric, log=True) for metric in config.objectives]
+    distances = [Axis(name=metric, log=True) for metric in config.objectives]
 
     def line(record: Record) -> Iterator[float | None]:
-        for name, axis in zip(names, axes, strict=False):
+        for name, axis in zip(names, axes, strict=True):
             value = record.params.get(name)
             yield (
                 list(axis.labels).index(str(value)) if axis.labels and value is not None else value
@@ -135,7 +135,7 @@ def _parallel(findings: Findings) -> Chart:
         key="parallel",
         title="Values of the trials, and what came of them",
         kind="parallel",
-        axes=axes,
+        axes=[*axes, *distances],
         series=[
             Series(
                 name="trials",
