@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pickle
@@ -156,9 +157,13 @@ def test_mlflow_loads_it_under_its_alias(shop: Shop, monkeypatch: pytest.MonkeyP
 
 
 def environment(shop: Shop) -> dict[str, str]:
-    """As a user's: this project is on no path, the model brings its code."""
+    """As a user's: this project is on no path, the model brings its code.
+
+    `mlflow models serve` looks for uvicorn on the path, as activating the environment puts it.
+    """
     kept = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    return kept | {"MLFLOW_TRACKING_URI": shop.store.uri}
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    return kept | {"MLFLOW_TRACKING_URI": shop.store.uri, "PATH": path}
 
 
 def asked() -> dict[str, Any]:
@@ -215,5 +220,6 @@ def test_mlflow_models_serve(shop: Shop, tmp_path: Path) -> None:
             check(json.loads(answer.read())["predictions"], shop)
     finally:
         # With the worker that it has started.
-        os.killpg(process.pid, 9)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, 9)
         process.wait()

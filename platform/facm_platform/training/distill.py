@@ -17,6 +17,7 @@ from facm_platform.evaluation.reference import find_reference
 from facm_platform.latents import LatentManifest
 from facm_platform.registry import ArtifactInfo, load_artifact
 from facm_platform.training.config import TrainConfig, ValidationConfig, WorkersConfig
+from facm_platform.training.ray_context import MakeContext, RayContext
 from facm_platform.training.run import (
     check_batch,
     check_run,
@@ -177,8 +178,13 @@ class DistillPlan:
             + memory_estimate(self.architecture, train, config.workers, distill=True)
         )
 
-    def execute(self, tags: Mapping[str, str] | None = None) -> JobResult:
-        """Distill on the cluster; `tags` are further ones of the MLflow run."""
+    def execute(
+        self, tags: Mapping[str, str] | None = None, make_context: MakeContext = RayContext
+    ) -> JobResult:
+        """Distill on the cluster; `tags` are further ones of the MLflow run.
+
+        `make_context`: see `launch`.
+        """
         config = self.config
         return execute(
             config.run,
@@ -188,6 +194,7 @@ class DistillPlan:
             lineage=lineage(self.manifest, self.teacher),
             make_task=self.task,
             tags=tags,
+            make_context=make_context,
         )
 
     @property

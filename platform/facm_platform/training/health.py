@@ -10,34 +10,40 @@ import psutil
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn, optim
-from torch.nn.utils import get_total_norm
 
 from facm_core.models.base import VelocityModel
 from facm_core.objectives import FACM
 from facm_platform.latents import LatentStream, local_batches
-from facm_platform.training.parallel import local, mean_over_workers, whole
+from facm_platform.training.parallel import local, mean_over_workers
 
 
 def update_to_weight(optimizer: optim.Optimizer) -> float:
     """‖Δθ‖ / ‖θ‖ of AdamW's last step, from its moments. A collective; nan before the first."""
-    updates, weights = [], []
+    squares = []
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             if state := optimizer.state.get(parameter):
-                updates.append(_update(parameter.detach(), state, group))
-                weights.append(parameter.detach())
-    if not weights:
+                # Shards: each operation on a distributed tensor costs its dispatch.
+                weight = local(parameter.detach())
+                update = _update(weight, state, group)
+                squares.append(torch.stack([_square(update), _square(weight)]))
+    if not squares:
         return float("nan")
-    return float(whole(get_total_norm(updates)) / whole(get_total_norm(weights)))
+    update_square, weight_square = mean_over_workers(torch.stack(squares).sum(0)).tolist()
+    return math.sqrt(update_square / weight_square)
 
 
-def _update(parameter: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor:
-    """What AdamW has added, up to sign (arXiv 1711.05101, algorithm 2)."""
+def _update(weight: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor:
+    """What AdamW has added to a shard, up to sign (arXiv 1711.05101, algorithm 2)."""
     (beta_1, beta_2), step = group["betas"], float(state["step"])
-    mean = state["exp_avg"] / (1 - beta_1**step)
-    deviation = (state["exp_avg_sq"] / (1 - beta_2**step)).sqrt() + group["eps"]
+    mean = local(state["exp_avg"]) / (1 - beta_1**step)
+    deviation = (local(state["exp_avg_sq"]) / (1 - beta_2**step)).sqrt() + group["eps"]
     # Decay acted on the weights before the step; they differ by a share of 1e-3 or so.
-    return group["lr"] * (mean / deviation + group["weight_decay"] * parameter)
+    return group["lr"] * (mean / deviation + group["weight_decay"] * weight)
+
+
+def _square(x: Tensor) -> Tensor:
+    return x.square().sum(dtype=torch.float64)
 
 
 def gradient_cosine(

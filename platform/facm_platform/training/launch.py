@@ -25,7 +25,7 @@ from facm_platform.training.config import WorkersConfig
 from facm_platform.training.gauges import CheckpointClock
 from facm_platform.training.loop import train
 from facm_platform.training.memory import out_of_memory
-from facm_platform.training.ray_context import RayContext
+from facm_platform.training.ray_context import MakeContext, RayContext
 from facm_platform.training.task import Hopeless, TrainingTask
 from facm_platform.training.validation import measure
 
@@ -38,8 +38,15 @@ _GPU_BACKEND = "cpu:gloo,cuda:nccl"
 _ADDRESS = "RAY_ADDRESS"
 
 
-def launch(task: TrainingTask, workers: WorkersConfig) -> dict[str, float]:
+def launch(
+    task: TrainingTask, workers: WorkersConfig, make_context: MakeContext = RayContext
+) -> dict[str, float]:
     """Run `task` on the connected cluster, resuming from its last checkpoint.
+
+    Args:
+        task: The run.
+        workers: Who does the work.
+        make_context: Makes the loop's world, in each worker.
 
     Returns:
         Final metrics, from rank 0.
@@ -64,7 +71,7 @@ def launch(task: TrainingTask, workers: WorkersConfig) -> dict[str, float]:
     store, path = filesystem(folder)
     trainer = TorchTrainer(
         cast(Any, _work),  # typed for Train V1, which returned nothing
-        train_loop_config={"task": task, "workers": workers},
+        train_loop_config={"task": task, "workers": workers, "make_context": make_context},
         torch_config=TorchConfig(
             backend=_GPU_BACKEND if workers.gpu else "gloo",
             # Beyond the watchdog, which knows more to say.
@@ -149,7 +156,7 @@ def _work(config: dict[str, Any]) -> dict[str, float] | Exception:
     for name in ("", "ray.data", "ray.train"):
         logging.getLogger(name).setLevel(logging.WARNING)
     try:
-        with closing(RayContext(task, workers.stall_seconds)) as context:
+        with closing(config["make_context"](task, workers.stall_seconds)) as context:
             place = f"process {os.getpid()} on {socket.gethostname()}"
             print(f"worker {context.rank} of {context.world_size}: {place}", flush=True)
             return train(task, context)

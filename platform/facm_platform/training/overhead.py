@@ -1,45 +1,52 @@
-"""What the platform, checkpoints and validation cost the steps of a distillation."""
+"""What the platform, checkpoints and validation cost the steps of a distillation.
+
+Machines change their speed from minute to minute by more than what is measured here. So both sides
+of a comparison take turns within one run, a few steps each.
+"""
 
 from __future__ import annotations
 
+import json
+import multiprocessing
+import os
+import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import islice, pairwise
+from multiprocessing.connection import Connection
+from operator import truediv
+from pathlib import Path
 from statistics import mean, median
 
-import ray
 import torch
-from torch import nn
-from torch.nn.utils import clip_grad_norm_
 
-from facm_core.ema import PowerEMA
 from facm_core.errors import require
-from facm_core.models import LightningDiT
-from facm_platform.cluster import connected
 from facm_platform.config import JobResult
-from facm_platform.latents import local_batches
-from facm_platform.registry import load_artifact
+from facm_platform.latents import Batch, LatentStream
+from facm_platform.storage import join, read_text, write_bytes
 from facm_platform.tracking import connect_store, embedded_root
 from facm_platform.tracking.store import new_client
-from facm_platform.training.config import TrainConfig
+from facm_platform.training.context import LocalContext, single_process_group
 from facm_platform.training.distill import DistillConfig, DistillPlan
 from facm_platform.training.distill import prepare as prepare_distillation
+from facm_platform.training.loop import train as run_loop
+from facm_platform.training.ray_context import MakeContext, RayContext
 from facm_platform.training.task import TrainingTask
 
 # Steps of a window, whose mean time is one measurement; the first window warms up.
 _WINDOW_STEPS = 4
 
-# What the bare loop can do.
-_PLAIN = {"precision": "float32", "compile": False, "offload": False, "micro_batch_size": None}
-
 _PLATFORM, _ASYNC, _SYNC = "platform", "asynchronous", "synchronous"
 _VALIDATED = "validated"
+
+_WINDOWS = "windows.json"
 
 
 @dataclass(frozen=True)
 class OverheadPlan:
-    """The same steps: bare, on the platform, there with checkpoints of either kind, validated."""
+    """The same steps beside a bare loop, with checkpoints of either kind, validated."""
 
     distillations: Mapping[str, DistillPlan]
 
@@ -48,39 +55,34 @@ class OverheadPlan:
         return "\n".join(plan.describe() for plan in self.distillations.values())
 
     def execute(self) -> JobResult:
-        """Measure, the bare loop before and after the others, and print the table."""
-        some = self.distillations[_PLATFORM]
-        task, workers = some.task("", ""), some.config.workers
-        bare = ray.remote(num_cpus=workers.cpus, num_gpus=int(workers.gpu))(bare_loop)
-        threads = workers.threads
-        with connected():
-            before = ray.get(bare.remote(task, threads))
-            runs = {name: _measured(plan) for name, plan in self.distillations.items()}
-            after = ray.get(bare.remote(task, threads))
+        """Measure, and print the table."""
+        plans = self.distillations
+        bare, platform = zip(*_windows(plans[_PLATFORM], BesideBareLoop), strict=True)
+        stall, synchronous = _stall(plans[_ASYNC]), _stall(plans[_SYNC])
         metrics = {
-            "bare_seconds": median(before + after),
-            "platform_seconds": median(runs[_PLATFORM].step_seconds),
-            "checkpoint_seconds": runs[_ASYNC].stalled_seconds,
-            "synchronous_checkpoint_seconds": runs[_SYNC].stalled_seconds,
+            "bare_seconds": median(bare),
+            "platform_seconds": median(platform),
+            "overhead": median(map(truediv, platform, bare)) - 1,
+            "checkpoint_seconds": stall,
+            "synchronous_checkpoint_seconds": synchronous,
+            "checkpoint_stall": stall / synchronous,
         }
-        metrics["overhead"] = metrics["platform_seconds"] / metrics["bare_seconds"] - 1
-        metrics["checkpoint_stall"] = (
-            metrics["checkpoint_seconds"] / metrics["synchronous_checkpoint_seconds"]
-        )
-        if _VALIDATED in runs:
-            validated, plain = (mean(runs[name].step_seconds) for name in (_VALIDATED, _ASYNC))
-            metrics |= {"validated_seconds": validated, "validated_speed": plain / validated}
+        if _VALIDATED in plans:
+            metrics |= _validation(plans[_VALIDATED])
         print(_table(metrics), flush=True)
-        config = some.config.run
+        some = plans[_PLATFORM]
         return JobResult(
-            run_id=None, run_name=config.name, artifact_uri=some.folder_uri, metrics=metrics
+            run_id=None,
+            run_name=some.config.run.name,
+            artifact_uri=some.folder_uri,
+            metrics=metrics,
         )
 
 
 def prepare(config: DistillConfig) -> OverheadPlan:
     """Validate the distillations; their runs have what they measure behind their name.
 
-    If the recipe has a `validation`, one run more has it.
+    If the recipe has a `validation`, one run more has it, and the recipe's checkpoints.
 
     Raises:
         InvalidInputError: more than one worker, too few steps to measure, or see
@@ -89,9 +91,6 @@ def prepare(config: DistillConfig) -> OverheadPlan:
     count = config.workers.max
     require(count == 1, "workers.max", count, "the bare loop is one process", "Use 1")
     train = config.train
-    for name, plain in _PLAIN.items():
-        value = getattr(train, name)
-        require(value == plain, f"train.{name}", value, "not the bare loop's", f"Use {plain}")
     steps = train.total_images // train.global_batch_size
     require(
         steps >= 4 * _WINDOW_STEPS,
@@ -110,7 +109,7 @@ def prepare(config: DistillConfig) -> OverheadPlan:
     }
     configs = {name: replace(config, train=one, validation=None) for name, one in trains.items()}
     if config.validation is not None:
-        configs[_VALIDATED] = replace(configs[_ASYNC], validation=config.validation)
+        configs[_VALIDATED] = replace(config, train=common)
     return OverheadPlan(
         {
             name: prepare_distillation(
@@ -121,65 +120,132 @@ def prepare(config: DistillConfig) -> OverheadPlan:
     )
 
 
-def bare_loop(task: TrainingTask, threads: int) -> list[float]:
-    """Seconds of a step, mean of each window after the first: plain PyTorch, batches in memory."""
+class _Timed(RayContext):
+    """A worker's context that times windows of steps, and keeps them in the run's folder."""
+
+    def __init__(self, task: TrainingTask, stall_seconds: float) -> None:
+        super().__init__(task, stall_seconds)
+        self._windows: list[tuple[float, float]] = []
+
+    def between(self) -> float:
+        """What is kept with the window that begins; does not count for its time."""
+        raise NotImplementedError
+
+    def batches(
+        self, stream: LatentStream, start_row: int, stop_row: int, batch_rows: int
+    ) -> Iterator[Batch]:
+        """See `RayContext`. A window is over when the batch after its last one is asked for."""
+        batches = super().batches(stream, start_row, stop_row, batch_rows)
+        for _ in range((stop_row - start_row) // batch_rows // _WINDOW_STEPS):
+            beside, began = self.between(), time.perf_counter()
+            yield from islice(batches, _WINDOW_STEPS)
+            self._windows.append((beside, (time.perf_counter() - began) / _WINDOW_STEPS))
+        yield from batches
+
+    def close(self) -> None:
+        """See `RayContext`."""
+        write_bytes(join(self._folder_uri, _WINDOWS), json.dumps(self._windows).encode())
+        super().close()
+
+
+class BesideBareLoop(_Timed):
+    """Keeps the seconds of a bare loop's step, taken before each window by a process of its own."""
+
+    def __init__(self, task: TrainingTask, stall_seconds: float) -> None:
+        super().__init__(task, stall_seconds)
+        spawned = multiprocessing.get_context("spawn")
+        self._turns, theirs = spawned.Pipe()
+        given = task, theirs, torch.get_num_threads(), str(self.device)
+        self._process = spawned.Process(target=_bare_loop, args=given, daemon=True)
+        self._process.start()
+        theirs.close()  # so that the end of its process is the end of the pipe
+
+    def between(self) -> float:
+        """Seconds of its step."""
+        self._turns.send(None)
+        return float(self._turns.recv())
+
+    def close(self) -> None:
+        """See `RayContext`."""
+        self._process.kill()
+        super().close()
+
+
+class BesideValidation(_Timed):
+    """Keeps how many checkpoints are being measured when a window begins."""
+
+    def between(self) -> float:
+        """How many."""
+        return self.unmeasured()
+
+
+class _Turns(LocalContext):
+    """A bare loop's: batches in memory, a window of them when it is told to."""
+
+    def __init__(self, turns: Connection, folder: Path, device: str) -> None:
+        super().__init__(folder, device)
+        self._turns = turns
+
+    def batches(
+        self, stream: LatentStream, start_row: int, stop_row: int, batch_rows: int
+    ) -> Iterator[Batch]:
+        """See `LocalContext`."""
+        batches = iter(list(super().batches(stream, start_row, stop_row, batch_rows)))
+        while True:
+            self._turns.recv()
+            began = time.perf_counter()
+            yield from islice(batches, _WINDOW_STEPS)
+            self._turns.send((time.perf_counter() - began) / _WINDOW_STEPS)
+
+
+def _bare_loop(task: TrainingTask, turns: Connection, threads: int, device: str) -> None:
+    """The loop in a plain process, without Ray Train, Ray Data and tracking, until it is killed."""
     torch.set_num_threads(threads)
-    train: TrainConfig = task.train
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    assert task.teacher_uri is not None
-    teacher = load_artifact(task.teacher_uri).model.to(device)
-    student = LightningDiT(task.artifact.architecture).to(device)
-    objective = task.build_objective()
-    learned = objective.parameters() if isinstance(objective, nn.Module) else ()
-    parameters = [p for p in (*student.parameters(), *learned) if p.requires_grad]
-    optimizer = torch.optim.AdamW(
-        parameters,
-        lr=train.learning_rate,
-        betas=train.betas,
-        weight_decay=train.weight_decay,
-        fused=train.fused,
-    )
-    ema = PowerEMA(student, train.ema_sigma_rels)
-    batch_size, seen = train.global_batch_size, 0
-    batches = list(local_batches(task.stream, 0, train.total_images, batch_size))
-    ends = []
-    for number, batch in enumerate(batches):
-        if number % _WINDOW_STEPS == 0:
-            _wait(device)
-            ends.append(time.perf_counter())
-        here = batch.to(device)
-        draws = objective.draw(tuple(batch.latents.shape)).to(device)
-        output = objective(
-            student, here.latents, here.condition, teacher, **draws.given(), images_seen=seen
-        )
-        optimizer.zero_grad()
-        output.loss.backward()
-        clip_grad_norm_(parameters, train.max_grad_norm)
-        optimizer.step()
-        seen += batch_size
-        ema.update(student, images_seen=seen, images_step=batch_size)
-    return [(end - start) / _WINDOW_STEPS for start, end in pairwise(ends)][1:]
+    train = task.train
+    # The last window of a run has no end; of this one, no window is the last.
+    images = train.total_images + _WINDOW_STEPS * train.global_batch_size
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        single_process_group(),
+        Path(os.devnull).open("w") as nowhere,
+        redirect_stdout(nowhere),
+    ):
+        task = replace(task, run_id=None, train=replace(train, images=images))
+        run_loop(task, _Turns(turns, Path(folder), device))
 
 
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+def _windows(plan: DistillPlan, make_context: MakeContext) -> list[tuple[float, float]]:
+    """What was kept with each window of a run, and the seconds of its steps; not of the first."""
+    plan.execute(make_context=make_context)
+    windows: list[tuple[float, float]] = json.loads(read_text(join(plan.folder_uri, _WINDOWS)))
+    return windows[1:]
 
 
-@dataclass(frozen=True)
-class _Measured:
-    """A run on the platform.
+def _validation(plan: DistillPlan) -> dict[str, float]:
+    """Of windows at whose two ends a checkpoint was being measured, or none was, and of all."""
+    windows = _windows(plan, BesideValidation)
+    beside, alone = [], []
+    # Of the last one, the second end is not known.
+    for (waiting, seconds), (still_waiting, _) in pairwise(windows):
+        if waiting and still_waiting:
+            beside.append(seconds)
+        elif not waiting and not still_waiting:
+            alone.append(seconds)
+    every = plan.config.train.checkpoint_images
+    remedy = "Use such that a checkpoint is measured for half of the time"
+    for some, problem in (beside, "was never"), (alone, "was always"):
+        problem = f"a checkpoint {problem} being measured"
+        require(bool(some), "train.checkpoint_images", every, problem, remedy)
+    return {
+        "unvalidated_seconds": mean(alone),
+        "validated_seconds": mean(beside),
+        "validated_speed": mean(alone) / mean(seconds for _, seconds in windows),
+        "validated_share": len(beside) / (len(beside) + len(alone)),
+    }
 
-    Attributes:
-        step_seconds: Mean of each window after the first.
-        stalled_seconds: Mean of a checkpoint.
-    """
 
-    step_seconds: list[float]
-    stalled_seconds: float
-
-
-def _measured(plan: DistillPlan) -> _Measured:
+def _stall(plan: DistillPlan) -> float:
+    """Seconds that a run spent on a checkpoint, mean."""
     result = plan.execute()
     assert result.run_id is not None
     run, train = plan.config.run, plan.config.train
@@ -193,25 +259,23 @@ def _measured(plan: DistillPlan) -> _Measured:
         train.log_images / speed * share for speed, share in zip(speeds, shares, strict=True)
     )
     # The last checkpoint, at the end, is in no window.
-    checkpoints = max(1, (train.total_images - 1) // train.checkpoint_images)
-    seconds = [train.global_batch_size / speed for speed in speeds]
-    return _Measured(seconds[1:], stalled / checkpoints)
+    return stalled / max(1, (train.total_images - 1) // train.checkpoint_images)
 
 
 def _table(metrics: Mapping[str, float]) -> str:
-    bare, platform = metrics["bare_seconds"], metrics["platform_seconds"]
-    asynchronous = metrics["checkpoint_seconds"]
-    synchronous = metrics["synchronous_checkpoint_seconds"]
     lines = [
-        f"step, bare loop            {bare:8.3f} s",
-        f"step, platform             {platform:8.3f} s  {metrics['overhead']:+.1%}",
-        f"checkpoint, synchronous    {synchronous:8.3f} s",
-        f"checkpoint, asynchronous   {asynchronous:8.3f} s  "
+        f"step, bare loop            {metrics['bare_seconds']:8.3f} s",
+        f"step, platform             {metrics['platform_seconds']:8.3f} s  "
+        f"{metrics['overhead']:+.1%}",
+        f"checkpoint, synchronous    {metrics['synchronous_checkpoint_seconds']:8.3f} s",
+        f"checkpoint, asynchronous   {metrics['checkpoint_seconds']:8.3f} s  "
         f"{metrics['checkpoint_stall']:.2f} of that",
     ]
     if "validated_seconds" in metrics:
-        lines.append(
-            f"step, checkpoints measured {metrics['validated_seconds']:8.3f} s  "
-            f"{metrics['validated_speed']:.2f} x the speed without"
-        )
+        lines += [
+            f"step, nothing measured     {metrics['unvalidated_seconds']:8.3f} s",
+            f"step, checkpoint measured  {metrics['validated_seconds']:8.3f} s  "
+            f"{metrics['validated_share']:.0%} of the time",
+            f"speed of the whole run     {metrics['validated_speed']:8.2f} of that without",
+        ]
     return "\n".join(lines)

@@ -9,10 +9,10 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import cast
+from typing import TypeAlias, cast
 
 import ray
 import ray.train
@@ -43,6 +43,10 @@ _WAITING = ReportedCheckpointStatus.PENDING_VALIDATION
 
 # Of a checkpoint, the worst there is. Ray Train keeps it as JSON, which has no infinity.
 _UNMEASURED = sys.float_info.max
+
+
+MakeContext: TypeAlias = "Callable[[TrainingTask, float], RayContext]"
+"""Of a run and `RayContext`'s ``stall_seconds``."""
 
 
 class RayContext:
@@ -95,8 +99,11 @@ class RayContext:
         if self._gauges:
             self._gauges.set(**metrics)
             if self._measured is not None:
-                waiting = [one.status is _WAITING for one in _committed()]
-                self._gauges.set(unmeasured_checkpoints=sum(waiting))
+                self._gauges.set(unmeasured_checkpoints=self.unmeasured())
+
+    def unmeasured(self) -> int:
+        """How many checkpoints wait for their FID."""
+        return sum(one.status is _WAITING for one in _committed())
 
     def preempted(self) -> bool:
         """As Ray has been told, by the cloud or by ``ray drain-node``."""

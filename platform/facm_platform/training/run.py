@@ -30,6 +30,7 @@ from facm_platform.training.checkpoint import check_stored
 from facm_platform.training.config import TrainConfig, WorkersConfig
 from facm_platform.training.launch import launch
 from facm_platform.training.memory import worker_memory
+from facm_platform.training.ray_context import MakeContext, RayContext
 from facm_platform.training.task import TrainingTask
 
 IDENTITY = "run.yaml"
@@ -138,6 +139,7 @@ def execute(
     lineage: Lineage,
     make_task: Callable[[str, str], TrainingTask],
     tags: Mapping[str, str] | None = None,
+    make_context: MakeContext = RayContext,
 ) -> JobResult:
     """Train on the cluster under one MLflow run, and log what came out.
 
@@ -149,6 +151,7 @@ def execute(
         lineage: Of the run; its MLflow run has it as tags.
         make_task: (tracking URI, run id) -> task.
         tags: Of its MLflow run, beside those.
+        make_context: See `launch`.
     """
     store = connect_store(run.tracking, embedded_root(run.storage_uri))
     tags = {**lineage, **(tags or {})}
@@ -158,7 +161,7 @@ def execute(
     storage.write_bytes(kept, identity(config, lineage).encode())
     with tracked, connected():
         try:
-            metrics = launch(task, workers)
+            metrics = launch(task, workers, make_context)
         finally:
             if storage.list_files(task.skipped_uri):
                 with storage.local_copy(task.skipped_uri) as folder:
