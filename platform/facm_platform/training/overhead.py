@@ -68,7 +68,7 @@ class OverheadPlan:
             "checkpoint_stall": stall / synchronous,
         }
         if _VALIDATED in plans:
-            metrics |= _validation(plans[_VALIDATED])
+            metrics |= validation_cost(_windows(plans[_VALIDATED], BesideValidation))
         print(_table(metrics), flush=True)
         some = plans[_PLATFORM]
         return JobResult(
@@ -221,9 +221,15 @@ def _windows(plan: DistillPlan, make_context: MakeContext) -> list[tuple[float, 
     return windows[1:]
 
 
-def _validation(plan: DistillPlan) -> dict[str, float]:
-    """Of windows at whose two ends a checkpoint was being measured, or none was, and of all."""
-    windows = _windows(plan, BesideValidation)
+def validation_cost(windows: list[tuple[float, float]]) -> dict[str, float]:
+    """Seconds of a step while a checkpoint was being measured, while none was, and on the whole.
+
+    Args:
+        windows: Of each, how many were being measured as it began, and the seconds of its steps.
+
+    Returns:
+        Without what cannot be told, for lack of windows of either kind.
+    """
     beside, alone = [], []
     # Of the last one, the second end is not known.
     for (waiting, seconds), (still_waiting, _) in pairwise(windows):
@@ -231,16 +237,13 @@ def _validation(plan: DistillPlan) -> dict[str, float]:
             beside.append(seconds)
         elif not waiting and not still_waiting:
             alone.append(seconds)
-    every = plan.config.train.checkpoint_images
-    remedy = "Use such that a checkpoint is measured for half of the time"
-    for some, problem in (beside, "was never"), (alone, "was always"):
-        problem = f"a checkpoint {problem} being measured"
-        require(bool(some), "train.checkpoint_images", every, problem, remedy)
+    if not beside or not alone:
+        return {}
     return {
         "unvalidated_seconds": mean(alone),
         "validated_seconds": mean(beside),
-        "validated_speed": mean(alone) / mean(seconds for _, seconds in windows),
         "validated_share": len(beside) / (len(beside) + len(alone)),
+        "validated_speed": mean(alone) / mean(seconds for _, seconds in windows),
     }
 
 
