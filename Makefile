@@ -3,6 +3,7 @@ PYTHON ?= python3
 PORT ?= 5000
 HOST ?= 127.0.0.1
 SEEDS ?= 10
+REQUESTS ?= 10000
 ARGS ?=
 
 BIN := .venv/bin
@@ -52,10 +53,11 @@ test: $(LOCKED) $(SCANNERS) ## the fast tests (ARGS=...)
 	$(PYTEST) --dist worksteal $(ARGS)
 
 test-slow: $(LOCKED) ## the slow tests: end to end, kills, submissions (ARGS=...)
-	$(PYTEST) --dist loadfile -m slow $(ARGS)
+	$(PYTEST) --dist loadfile -m slow --durations 15 $(ARGS)
 
-drill: $(LOCKED) ## kill workers, drivers, nodes and uploads at random steps (SEEDS=10)
-	DRILL_SEEDS=$(SEEDS) $(BIN)/python -m pytest -m slow -s tests/jobs/test_drill.py $(ARGS)
+drill: $(LOCKED) ## kill workers, drivers, nodes, uploads and replicas at random steps (SEEDS=10 REQUESTS=10000)
+	DRILL_SEEDS=$(SEEDS) DRILL_REQUESTS=$(REQUESTS) $(BIN)/python -m pytest -m slow -s \
+		tests/jobs/test_drill.py tests/serving/test_drill.py $(ARGS)
 
 check: $(LOCKED) ## formatter, linter, types and the rules of the architecture
 	$(BIN)/ruff format --check .

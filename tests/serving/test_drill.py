@@ -1,4 +1,4 @@
-"""Ten thousand requests through jobs/serve.py, from another process, while things happen to it."""
+"""Requests through jobs/serve.py, from another process, while things happen to it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from tests.small import ARCHITECTURE
 __all__ = ["run_job"]  # a fixture of the jobs' room
 
 TOKEN = "correct horse battery staple"
-REQUESTS = 10_000
+REQUESTS = int(os.environ.get("DRILL_REQUESTS", "2000"))
 
 
 @contextmanager
@@ -62,7 +62,7 @@ def job(shop: Shop, folder: Path, *options: str) -> Iterator[tuple[str, subproce
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_ten_thousand_requests(
+def test_no_request_is_lost(
     store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The alias moves after a third and back after two; a replica is killed after one half.
