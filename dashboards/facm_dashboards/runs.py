@@ -12,7 +12,7 @@ from facm_platform.tracking.reading import RunRecord
 
 TRAINING = ("distill", "pretrain")
 SILENT_SECONDS = 600.0
-"""A run that has logged nothing for so long is told to be silent."""
+"""A training that has logged nothing for so long is told to be silent."""
 TABLE_NFE = (1, 2, 4)
 
 _SECTIONS = {"mean_flow": "mean_flow", "scm": "scm", "objective": "facm"}
@@ -59,8 +59,9 @@ def total_images(run: RunRecord) -> int | None:
 
 
 def silent_seconds(run: RunRecord) -> float | None:
-    """For how long a run that should be running has said nothing; None while all is well."""
-    if run.status != "RUNNING":
+    """For how long a training that should be running has said nothing; None while all is well."""
+    # Others tell their numbers at the end.
+    if run.status != "RUNNING" or run.job not in TRAINING:
         return None
     last = max([run.started, *(latest.milliseconds for latest in run.metrics.values())])
     silent = time.time() - last / 1000

@@ -17,6 +17,7 @@ from starlette.testclient import TestClient
 
 from facm_dashboards import data as data_module
 from facm_dashboards.config import BoardConfig
+from facm_dashboards.runs import silent_seconds
 from facm_platform.registry.versions import CHAMPION, find_version
 from facm_platform.tracking import TrackingConfig, connect_store, new_client, open_run
 from facm_platform.tracking.reading import read_curves, read_runs
@@ -176,6 +177,18 @@ def test_runs_without_numbers_and_under_way(board: TestClient, gallery: Gallery)
     assert running.status_code == 200
     assert "state running" in running.text
     assert "data-refresh" in running.text
+
+
+def test_a_training_is_silent_when_its_last_number_is_old(gallery: Gallery) -> None:
+    runs = {run.run_id: run for run in read_runs(gallery.store.client, "facm")}
+    training = runs[gallery.runs["under-way"]]
+    assert silent_seconds(training) is None
+    old = replace(training.metrics["loss"], milliseconds=training.started - 700_000)
+    begun = training.started - 660_000
+    training = replace(training, started=begun, metrics={"loss": old})
+    assert silent_seconds(training) == pytest.approx(time.time() - begun / 1000, abs=1)
+    assert silent_seconds(replace(training, status="FINISHED")) is None
+    assert silent_seconds(replace(training, job="search")) is None
 
 
 def test_a_run_that_is_written_grows(

@@ -62,9 +62,7 @@ def job(shop: Shop, folder: Path, *options: str) -> Iterator[tuple[str, subproce
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_no_request_is_lost(
-    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_request_is_lost(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The alias moves after a third and back after two; a replica is killed after one half.
 
     All answers come, each the picture that the version which it names draws.

@@ -157,7 +157,7 @@
         inRange: { color: dark ? [...VIRIDIS].reverse() : VIRIDIS },
       },
       tooltip: { ...base().tooltip, formatter: ({ value }) => `${chart.x.name} ${chart.x.labels[value[0]]}\n${chart.y.name || ""} ${chart.y.labels[value[1]]}\n${chart.value.name}: ${plain(value[2])}` },
-      series: [{ type: "heatmap", name: chart.value.name, data: points.map((p, i) => [...p, shades[i]]), encode: { x: 0, y: 1, value: 3 }, label: { show: few, formatter: ({ value }) => plain(value[2]), color: "#111", backgroundColor: "rgba(255,255,255,.82)", padding: [1, 4], borderRadius: 3, fontSize: 11 } }],
+      series: [{ type: "heatmap", name: chart.value.name, data: points.map((p, i) => [...p, shades[i]]), encode: { x: 0, y: 1, value: 3 }, label: { show: few, formatter: ({ value }) => plain(value[2]), color: "#111", backgroundColor: "rgba(255,255,255,.82)", padding: [1, 4], borderRadius: 3, fontSize: 11, textBorderWidth: 0 } }],
     };
   };
 
@@ -184,10 +184,10 @@
         nameTextStyle: { color: css("ink"), fontSize: 11, lineHeight: 14 },
         nameLocation: narrow() ? "start" : "end",
         ...(narrow() ? { nameGap: 0, nameTextStyle: { color: css("ink"), fontSize: 11, align: "left", verticalAlign: "bottom", padding: [0, 0, 8, 0] } } : {}),
-        type: axis.labels.length ? "category" : axis.log && !(dim === last) ? "log" : "value",
-        data: axis.labels.length ? axis.labels : undefined,
-        min: axis.low ?? (dim === last ? "dataMin" : undefined),
-        max: axis.high ?? (dim === last ? "dataMax" : undefined),
+        // A result has no range of its own, as values of the space have.
+        ...(axis.labels.length
+          ? { type: "category", data: axis.labels }
+          : { type: axis.log && axis.low !== null ? "log" : "value", min: axis.low ?? "dataMin", max: axis.high ?? "dataMax" }),
         axisLine: { lineStyle: { color: css("soft") } },
         axisTick: { show: false },
         splitNumber: 3,
