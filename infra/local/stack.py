@@ -201,7 +201,8 @@ class Stack:
                 extra_groups=[] if os.getuid() == 0 else None,
             )
         if done.returncode:
-            raise SystemExit(f"error: initdb: {done.stderr}")
+            hint = f"\nThe user {user.pw_name} must be able to enter {data} and all above it."
+            raise SystemExit(f"error: {done.stderr.strip()}{hint}")
 
     def _run(self, command: str, *arguments: str, codes: tuple[int, ...] = (0,)) -> None:
         ports = {
@@ -325,6 +326,8 @@ def main() -> None:
     parser.add_argument("what", choices=["up", "down", "secrets"])
     parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "stack")
     given = parser.parse_args()
+    # What lies around it is not ours alone: Postgres's user must pass, where we are root.
+    given.folder.absolute().parent.mkdir(parents=True, exist_ok=True)
     os.umask(0o077)
     stack = Stack(folder=given.folder.absolute(), ports=Ports.from_environment())
     if given.what == "down":
