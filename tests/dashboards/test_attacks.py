@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import os
 import shutil
 import subprocess
@@ -19,8 +20,10 @@ from starlette.testclient import TestClient
 from facm_core.errors import InvalidInputError
 from facm_dashboards.__main__ import main
 from facm_dashboards.config import BoardConfig, check_bind
+from facm_dashboards.identity import Visitor, forward_logins, visitor
 from facm_platform.registry.versions import CHAMPION, find_version
-from facm_platform.tracking import TrackingConfig, connect_store
+from facm_platform.tracking import TrackingConfig, connect_store, new_client
+from facm_platform.tracking.reading import read_artifact
 from tests.conftest import answers_on, free_port
 from tests.dashboards.conftest import client
 from tests.dashboards.gallery import HOSTILE, MODEL, Gallery
@@ -236,6 +239,7 @@ class LoginServer:
         command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1"]
         command += ["--port", str(port), "--workers", "1", "--app-name", "basic-auth"]
         command += ["--backend-store-uri", gallery.store.uri]
+        command += ["--artifacts-destination", str(folder / "artifacts")]
         environment = os.environ | {
             "MLFLOW_AUTH_CONFIG_PATH": str(settings),
             "MLFLOW_FLASK_SERVER_SECRET_KEY": "of a test",
@@ -292,6 +296,26 @@ def login_server(
     pytest.importorskip("flask_wtf", reason="MLflow's logins need mlflow[auth]")
     with LoginServer(tmp_path_factory.mktemp("auth"), copied) as server:
         yield server
+
+
+def test_files_come_through_the_server_under_the_visitors_login(
+    login_server: LoginServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where the server, and nobody else, reaches the store of artifacts."""
+    client = new_client(login_server.uri)
+    with monkeypatch.context() as patch:
+        for name, value in zip(("USERNAME", "PASSWORD"), login_server.ADMIN, strict=True):
+            patch.setenv(f"MLFLOW_TRACKING_{name}", value)
+        experiment = client.create_experiment("proxied", "mlflow-artifacts:/proxied")
+        run_id = client.create_run(experiment).info.run_id
+        client.log_text(run_id, "a card", "model/README.md")
+    login = base64.b64encode(":".join(login_server.VIEWER).encode()).decode()
+    forward_logins()
+    token = visitor.set(Visitor(f"Basic {login}"))
+    try:
+        assert read_artifact(client, run_id, "model/README.md") == b"a card"
+    finally:
+        visitor.reset(token)
 
 
 def test_viewers_look_and_promoters_promote(

@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import mlflow.artifacts
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import (
@@ -16,10 +15,12 @@ from mlflow.protos.databricks_pb2 import (
     RESOURCE_DOES_NOT_EXIST,
     ErrorCode,
 )
+from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 from mlflow.tracking import MlflowClient
 
 from facm_core.errors import require
 from facm_platform.tracking import Run
+from facm_platform.tracking.reading import download_folder
 from facm_platform.tracking.run import TAG_PREFIX
 
 CHALLENGER, CHAMPION, PREVIOUS = "challenger", "champion", "previous"
@@ -151,7 +152,6 @@ def downloaded(version: Version, tracking_uri: str) -> Iterator[Path]:
         MlflowException, OSError: it is not there any more.
     """
     with tempfile.TemporaryDirectory(prefix="facm-") as folder:
-        path = mlflow.artifacts.download_artifacts(
-            artifact_uri=version.source, dst_path=folder, tracking_uri=tracking_uri
-        )
-        yield Path(path)
+        repository = get_artifact_repository(version.source, tracking_uri=tracking_uri)
+        download_folder(repository, Path(folder))
+        yield Path(folder)

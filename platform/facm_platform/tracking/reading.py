@@ -11,12 +11,13 @@ from contextvars import copy_context
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from mlflow.entities import Run as MlflowRun
 from mlflow.exceptions import MlflowException, get_error_code
 from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST, ErrorCode
+from mlflow.store.artifact.artifact_repo import ArtifactRepository
 from mlflow.store.tracking.dbmodels.models import SqlMetric
 from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 from mlflow.tracking import MlflowClient
@@ -155,7 +156,24 @@ def read_artifact(
     if size is None or size > most_bytes:
         raise FileNotFoundError(f"{path} of run {run_id}")
     with tempfile.TemporaryDirectory(prefix="facm-") as folder:
-        return Path(client.download_artifacts(run_id, path, folder)).read_bytes()
+        file = Path(folder, "file")
+        _download(client._tracking_client._get_artifact_repo(run_id), path, file)
+        return file.read_bytes()
+
+
+def download_folder(repository: ArtifactRepository, folder: Path, path: str = "") -> None:
+    """All that lies under `path`, into `folder`."""
+    for file in repository.list_artifacts(path or None):
+        if file.is_dir:
+            download_folder(repository, folder, file.path)
+        else:
+            _download(repository, file.path, folder / file.path)
+
+
+def _download(repository: ArtifactRepository, path: str, file: Path) -> None:
+    """In this thread: in those of MLflow's own downloads nobody knows whose login is to be used."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    cast(Any, repository)._download_file(path, str(file))
 
 
 def is_missing(error: MlflowException) -> bool:
