@@ -65,6 +65,8 @@ def wan(seed: int) -> WanTransformer3DModel:
             rope_max_seq_len=16,
         )
         nn.init.normal_(network.proj_out.weight, std=0.1)
+        # Times matter, so that a student that is told others has something to learn.
+        nn.init.normal_(network.condition_embedder.time_proj.weight, std=0.5)
     return network
 
 

@@ -21,6 +21,7 @@ BOUNDARY = 0.6
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_two_experts_are_imported_and_distilled(run_job: RunJob, tmp_path: Path) -> None:
     manifest = write_texts(tmp_path / "set")
     experts = write_pipeline(tmp_path / "pipeline", boundary=BOUNDARY)
@@ -46,19 +47,21 @@ def test_two_experts_are_imported_and_distilled(run_job: RunJob, tmp_path: Path)
         *tracked,
         "data.uri=set",
         "teacher.uri=wan",
-        "train.images=400",
-        "train.global_batch_size=8",
+        "train.images=480",
+        "train.global_batch_size=16",
         "train.learning_rate=3e-3",
-        "train.log_images=40",
+        "train.log_images=48",
+        "train.health_images=48",
         "train.export_sigma_rel=0.05",
     )
     assert done.returncode == 0, done.stderr
     client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
-    history = client.get_metric_history(last_line(done.stdout)["run_id"], "loss_fm")
-    losses = [metric.value for metric in sorted(history, key=lambda metric: metric.step)]
-    assert len(losses) == 10
-    # The pair has never been told times above 1, at which the anchor is.
-    assert losses[-1] < 0.5 * losses[0], losses
+    # The shortcut's loss changes more with the times drawn than in thirty steps.
+    for name in ("loss_fm", "anchor_drift"):
+        history = client.get_metric_history(last_line(done.stdout)["run_id"], name)
+        values = [metric.value for metric in sorted(history, key=lambda metric: metric.step)]
+        assert len(values) == 10
+        assert sum(values[5:]) < 0.9 * sum(values[:5]), values
     uri = Path(last_line(done.stdout)["artifact_uri"])
     student, stored = load_artifact(str(uri)), load_file(uri / WEIGHTS)
     assert student.config.teacher_sha256 == teacher.sha256

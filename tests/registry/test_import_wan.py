@@ -13,10 +13,13 @@ from safetensors.torch import save_file
 
 from facm_core.errors import InvalidInputError
 from facm_core.guidance import GuidanceConfig
+from facm_core.samplers import sample_noise
 from facm_platform.config.sections import DataConfig, RunConfig
-from facm_platform.latents import LatentManifest
+from facm_platform.evaluation.config import check_measure
+from facm_platform.latents import LatentManifest, LatentStream, local_batches
 from facm_platform.latents.null_text import NULL_TEXT, NullText
 from facm_platform.registry import load_artifact
+from facm_platform.registry.generator import Generator, latent_sampler
 from facm_platform.registry.import_wan import ImportWanConfig, ImportWanPlan, prepare
 from facm_platform.tracking import Store
 from tests.small import write_digits
@@ -83,6 +86,41 @@ def test_every_tensor_is_that_of_diffusers(
     assert tags["facm.manifest_sha256"] == manifest.sha256
     assert tags["facm.null_text_sha256"] == null.sha256
     assert tags["facm.model_sha256"] == teacher.sha256
+
+
+def test_it_is_sampled_by_prompts(
+    prepared: Prepare, tmp_path: Path, manifest: LatentManifest
+) -> None:
+    """Steps of Euler's method with the networks themselves, across the boundary, with guidance."""
+    high, low = (n.double() for n in write_pipeline(tmp_path / "pipeline", boundary=0.5))
+    prepared(sampling=GuidanceConfig(scale=3.0)).execute()
+    teacher = load_artifact(str(tmp_path / "teacher"))
+    (batch,) = local_batches(LatentStream(str(tmp_path / "set"), manifest, 0), 0, 3, 3)
+    condition: Any = batch.condition
+    text = condition["text_embedding"].double() * condition["text_mask"][..., None]
+    null = NullText.load(str(tmp_path / "set"), manifest)
+    without = (null.text_embedding.half().double() * null.text_mask[:, None]).expand_as(text)
+    x = sample_noise(manifest.latent_shape, [4, 5, 6]).double()[:, :, None]
+    with torch.no_grad():
+        for sigma in (1.0, 0.75, 0.5, 0.25):
+            network, timestep = high if sigma >= 0.5 else low, torch.full((3,), 1000 * sigma)
+            guided, unguided = (network(x, timestep, t).sample for t in (text, without))
+            x = x - 0.25 * (unguided + 3 * (guided - unguided))
+    got = latent_sampler(teacher, torch.device("cpu"), torch.float64)([4, 5, 6], condition, 4)
+    expected = manifest.denormalise(x[:, :, 0]).double()
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_what_is_asked_by_label_refuses_it(
+    prepared: Prepare, tmp_path: Path, manifest: LatentManifest
+) -> None:
+    write_pipeline(tmp_path / "pipeline", boundary=None)
+    prepared().execute()
+    with pytest.raises(InvalidInputError, match=r"artifact = .*teacher': it reads texts"):
+        Generator.load(str(tmp_path / "teacher"))
+    extractor: Any = None
+    with pytest.raises(InvalidInputError, match=r"samples = 100: the rows of data.uri have texts"):
+        check_measure(100, extractor, manifest)
 
 
 def test_every_wrong_tensor_is_listed(prepared: Prepare, tmp_path: Path) -> None:
