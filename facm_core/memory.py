@@ -14,7 +14,7 @@ import sys
 import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields, replace
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,9 +24,10 @@ from torch.utils._pytree import tree_leaves
 
 from facm_core.benchmark import parse_fields
 from facm_core.errors import InvalidInputError, require, require_one_of
-from facm_core.models import LightningDiT, LightningDiTConfig, adapt
+from facm_core.models import Architecture, build_network
 from facm_core.models.base import Condition
 from facm_core.models.lightning_dit import PRESETS, preset_config
+from facm_core.models.wan import WAN_PRESETS, WanConfig, wan_preset
 from facm_core.objectives import FACM, FACMConfig
 from facm_core.objectives.base import mean_square
 from facm_core.precision import DTYPES, cast_parameters
@@ -47,7 +48,7 @@ class MemoryConfig:
         batch_size: Images a step on each GPU.
         dtype: Of computation: ``float32`` or ``bfloat16``.
         recompute: Blocks keep their inputs only.
-        teachers: Frozen networks of the student's size, e.g. 2 for the experts of Wan 2.2.
+        teachers: Frozen networks of the size of the student's, e.g. 2 for the experts of Wan 2.2.
         averages: EMA profiles.
         jvp: Whether a step is FACM's; else flow matching's, as in the training of a teacher.
     """
@@ -119,66 +120,45 @@ class Preset:
     Attributes:
         build: Makes the network.
         example: Makes data.
+        networks: The student is so many of them, which share the rows.
     """
 
     build: Callable[[], Any]
     example: Example
+    networks: int = 1
 
 
-def lightning_dit(config: LightningDiTConfig) -> Preset:
-    """LightningDiT and labelled latents."""
-    size = config.input_size
-
-    def example(rows: int) -> tuple[Tensor, Condition]:
-        x = torch.ones(rows, config.in_channels, size, size)
-        return x, torch.zeros(rows, dtype=torch.int64)
-
-    return Preset(lambda: LightningDiT(config), example)
-
-
-# Layers, heads (of 128 channels), width of the MLP, channels of a latent: Wan 2.1 and 2.2.
-WAN = {
-    "wan-1.3b": (30, 12, 8960, 16),
-    "wan-5b": (30, 24, 14336, 48),
-    "wan-14b": (40, 40, 13824, 16),
-}
-WAN_TEXT = (512, 4096)  # tokens and channels of a prompt
-
-
-def wan(name: str, height: int, width: int) -> Preset:
-    """Wan and latents of one frame, height x width, with prompts."""
-    layers, heads, mlp, channels = WAN[name]
-
-    def build() -> Any:
-        import diffusers
-
-        network = cast(Any, diffusers).WanTransformer3DModel(
-            num_layers=layers,
-            num_attention_heads=heads,
-            ffn_dim=mlp,
-            in_channels=channels,
-            out_channels=channels,
-        )
-        return adapt(network)
+def preset_of(architecture: Architecture) -> Preset:
+    """An architecture, and data of its shapes."""
 
     def example(rows: int) -> tuple[Tensor, Condition]:
-        x = torch.ones(rows, channels, height, width)
-        return x, {"text_embedding": torch.ones(rows, *WAN_TEXT)}
+        x, text = torch.ones(rows, *architecture.latent_shape), architecture.text_shape
+        if not text:
+            return x, torch.zeros(rows, dtype=torch.int64)
+        return x, {
+            "text_embedding": torch.ones(rows, *text),
+            "text_mask": torch.ones(rows, text[0]),
+        }
 
-    return Preset(build, example)
+    one = architecture
+    if isinstance(one, WanConfig):
+        one = replace(one, boundary=None)
+    return Preset(lambda: build_network(one), example, architecture.networks)
 
 
 def plan(preset: Preset, config: MemoryConfig) -> MemoryPlan:
     """Memory of a FACM run.
 
     Args:
-        preset: The student, and teachers of its size.
+        preset: The student, and teachers of that size.
         config: The run.
     """
     with FakeTensorMode():
         model = cast_parameters(preset.build(), DTYPES[config.dtype])
         peak = _step_peak(model, preset.example, config)
-    unsharded = _unsharded(model, DTYPES[config.dtype].itemsize) if config.gpus > 1 else 0
+    unsharded = 0
+    if config.gpus > 1:
+        unsharded = _unsharded(model, DTYPES[config.dtype].itemsize, preset.networks)
     shard, trained_shard = (
         FLOAT32
         * sum(p.numel() for p in model.parameters() if p.requires_grad or everything)
@@ -186,21 +166,21 @@ def plan(preset: Preset, config: MemoryConfig) -> MemoryPlan:
         for everything in (True, False)
     )
     return MemoryPlan(
-        parameters=shard,
-        optimizer=2 * trained_shard,
-        averages=config.averages * trained_shard,
+        parameters=preset.networks * shard,
+        optimizer=2 * preset.networks * trained_shard,
+        averages=config.averages * preset.networks * trained_shard,
         teachers=config.teachers * shard,
-        gradients=trained_shard,
+        gradients=preset.networks * trained_shard,
         unsharded=unsharded,
         activations=max(0, peak - trained_shard),
     )
 
 
-def _unsharded(model: Any, itemsize: int) -> int:
+def _unsharded(model: Any, itemsize: int, networks: int) -> int:
     """Bytes of parameters and gradients in one piece; see `MemoryPlan`."""
     blocks = [sum(p.numel() for p in block.parameters()) for block in model.blocks]
     rest = sum(p.numel() for p in model.parameters()) - sum(blocks)
-    return max(blocks) * (4 * itemsize + FLOAT32) + rest * itemsize
+    return max(blocks) * (4 * itemsize + FLOAT32) + networks * rest * itemsize
 
 
 def _step_peak(model: Any, example: Example, config: MemoryConfig) -> int:
@@ -271,7 +251,7 @@ def main(arguments: list[str] | None = None) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     default = MemoryConfig()
-    presets = ", ".join([*PRESETS, *WAN])
+    presets = ", ".join([*PRESETS, *WAN_PRESETS])
     parser.add_argument("--preset", default="XL/1", help=f"one of {presets}")
     parser.add_argument(
         "--set",
@@ -303,12 +283,14 @@ def main(arguments: list[str] | None = None) -> None:
             teachers=given.teachers,
             averages=given.averages,
         )
-        if given.preset in WAN:
+        if given.preset in WAN_PRESETS:
             require(not given.set, "--set", given.set, "Wan's sizes are fixed", "Leave it out")
-            preset = wan(given.preset, *given.latent)
+            height, width = given.latent
+            architecture: Architecture = wan_preset(given.preset, height=height, width=width)
         else:
-            require_one_of("--preset", given.preset, (*PRESETS, *WAN))
-            preset = lightning_dit(preset_config(given.preset, **parse_fields(given.set)))
+            require_one_of("--preset", given.preset, (*PRESETS, *WAN_PRESETS))
+            architecture = preset_config(given.preset, **parse_fields(given.set))
+        preset = preset_of(architecture)
         plans = [plan(preset, replace(config, recompute=recompute)) for recompute in (False, True)]
     except InvalidInputError as error:
         sys.exit(f"error: {error}")

@@ -56,7 +56,7 @@ def artifact_config(manifest: LatentManifest, **changes: Any) -> ArtifactConfig:
     """Description of a teacher for the set of `manifest`."""
     config = ArtifactConfig(
         role="teacher",
-        architecture=ARCHITECTURE,
+        architecture=changes.pop("architecture", ARCHITECTURE),
         objective="flow_matching",
         conditioning="expanded",
         recommended_nfe=(1, 2),

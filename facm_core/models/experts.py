@@ -16,9 +16,9 @@ class Experts(nn.Module):
     expert if its noise 1 − t is at least `boundary` (diffusers: ``timestep >= boundary_ratio ·
     1000``); a time in (1, 2] belongs where 2 − t does.
 
-    Sharded networks gather their weights in collective calls, while ranks may see different
-    times: with ``collective = True`` every call runs both experts on every rank, on a row that is
-    thrown away where there is none of theirs.
+    Sharded networks gather their weights and reduce their gradients in collective calls, while
+    ranks may see different times: with ``collective = True`` every call runs both experts on every
+    rank, where there is no row of theirs on one that counts for nothing.
 
     Args:
         high_noise: Expert of the first steps.
@@ -62,15 +62,16 @@ class Experts(nn.Module):
         """
         if r is not None:
             raise ValueError("second_time = False, but r was given")
-        noisy = 1 - torch.where(t > 1, 2 - t, t) >= self.boundary
-        velocity = torch.empty_like(x)
+        # In the upper half of the interval, where t and 2 − t are rounded alike.
+        noisy = torch.where(t > 1, t, 2 - t) - 1 >= self.boundary
+        velocity, idle = torch.empty_like(x), None
         for expert, mine in ((self.high_noise, noisy), (self.low_noise, ~noisy)):
             rows = mine.nonzero().flatten()
             if len(rows):
                 velocity[rows] = expert(x[rows], t[rows], select_rows(condition, rows))
             elif self.collective:
-                expert(x[:1], t[:1], select_rows(condition, torch.zeros_like(t[:1]).long()))
-        return velocity
+                idle = expert(x[:1], t[:1], select_rows(condition, torch.zeros_like(t[:1]).long()))
+        return velocity if idle is None else velocity + 0 * idle
 
     def null_condition(self, condition: Condition) -> Condition:
         """The high-noise expert's, which is the other's too."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -46,6 +46,8 @@ class LightningDiTConfig:
     num_classes: int
     mlp_ratio: float = 4.0
     second_time: bool = False
+    text_shape: ClassVar[tuple[int, ...]] = ()
+    networks: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
         for name in ("input_size", "in_channels", "patch_size", "hidden_size", "depth"):
@@ -68,6 +70,11 @@ class LightningDiTConfig:
             f"not a multiple of 4 · num_heads = {4 * self.num_heads}",
             "Change hidden_size or num_heads",
         )
+
+    @property
+    def latent_shape(self) -> tuple[int, ...]:
+        """Shape of one sample, (C, H, W)."""
+        return (self.in_channels, self.input_size, self.input_size)
 
 
 PRESETS: dict[str, dict[str, Any]] = {

@@ -11,6 +11,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
 from torch import Tensor, nn
 
 from facm_core.errors import InvalidInputError
+from facm_core.jvp import anchored_jvp
 from facm_core.models.base import Condition, select_rows
 from facm_core.models.experts import Experts
 from tests.core.tiny import tiny, tiny_batch
@@ -95,8 +96,40 @@ def test_sharded_experts_are_both_called_at_every_rank(
     experts.collective = collective
     for expert in (experts.high_noise, experts.low_noise):
         expert.register_forward_pre_hook(count)
-    assert torch.equal(experts(x, t, condition), expected)
+    got = experts(x, t, condition)
+    assert torch.equal(got, expected)
     assert rows == [n for n in calls if n]
+    # Gradients are reduced in collective calls, too: zeros, where there is nothing to reduce.
+    got.sum().backward()
+    gradients = [parameter.grad for parameter in experts.high_noise.parameters()]
+    assert all((g is not None and not g.any()) if collective else g is None for g in gradients)
+    assert all(parameter.grad.any() for parameter in experts.low_noise.parameters())
+
+
+def test_anchor_and_shortcut_are_one_experts_whatever_is_rounded() -> None:
+    """Times a rounding apart, on both sides of the boundary, in float32."""
+    experts = Experts(tiny("wan", seed=1), tiny("wan", seed=2), boundary=BOUNDARY).float()
+    rows = 64
+    x, _, condition = tiny_batch("wan", size=rows)
+    x, text = x.float(), condition["text_embedding"].float()
+    t = torch.tensor(0.125) + (torch.arange(rows) - rows // 2) * 2.0**-27
+    assert len(t.unique()) > rows // 2
+    arguments = ({"text_embedding": text}, None)
+    anchor, value, _ = anchored_jvp(
+        experts, (x, 2 - t, *arguments), (x, t), (x, torch.ones_like(t)), *arguments
+    )
+    experts_of = [
+        {
+            part is experts.high_noise
+            for part in (experts.high_noise, experts.low_noise)
+            if torch.allclose(part(x, time, arguments[0])[row], got[row], rtol=1e-3, atol=1e-3)
+        }
+        for row in range(0, rows, 8)
+        for time, got in ((2 - t, anchor), (t, value))
+    ]
+    assert experts_of[::2] == experts_of[1::2]
+    assert {True} in experts_of
+    assert {False} in experts_of
 
 
 def test_units_are_those_of_both(experts: Experts) -> None:

@@ -9,15 +9,16 @@ import pytest
 
 from facm_core import memory
 from facm_core.benchmark import BenchmarkConfig, _Bench
-from facm_core.memory import MemoryConfig, lightning_dit, plan, wan
+from facm_core.memory import MemoryConfig, plan, preset_of
 from facm_core.models import LightningDiT
 from facm_core.models.lightning_dit import preset_config
+from facm_core.models.wan import wan_preset
 
 SMALL = {"hidden_size": 96, "depth": 4, "num_heads": 3, "input_size": 16, "in_channels": 8}
 
 
 def plan_small(config: MemoryConfig, **settings: Any) -> memory.MemoryPlan:
-    return plan(lightning_dit(preset_config("B/1", **SMALL | settings)), config)
+    return plan(preset_of(preset_config("B/1", **SMALL | settings)), config)
 
 
 @pytest.mark.parametrize(
@@ -86,7 +87,7 @@ def test_teacher_training_needs_less() -> None:
 def test_wan(name: str, billions: float) -> None:
     """Parameters as published; nothing of them is ever allocated."""
     config = MemoryConfig(gpus=32, dtype="bfloat16", recompute=True, teachers=2)
-    got = plan(wan(name, 16, 16), config)
+    got = plan(preset_of(wan_preset(name, height=16, width=16)), config)
     assert got.parameters * 32 / 4 == pytest.approx(billions * 1e9, rel=0.01)
     assert got.unsharded > 0
     assert got.activations > 0

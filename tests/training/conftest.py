@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from facm_core.ema import PowerEMA
-from facm_core.models import LightningDiT
+from facm_core.models import build_network
 from facm_core.objectives import SCM, FACMConfig, FlowMatchingConfig
 from facm_platform.latents import Batch, LatentManifest, LatentStream, local_batches
 from facm_platform.registry import load_artifact
@@ -93,8 +93,9 @@ def plain_distillation(task: TrainingTask) -> dict[str, torch.Tensor]:
     assert task.teacher_uri is not None
     teacher = load_artifact(task.teacher_uri).model
     torch.manual_seed(TRAIN.seed)  # for the parameters that the teacher does not have
-    student = LightningDiT(task.artifact.architecture)
-    student.load_state_dict(teacher.state_dict(), strict=False)
+    student = build_network(task.artifact.architecture)
+    start = teacher if task.student == "same" else getattr(teacher, task.student)
+    student.load_state_dict(start.state_dict(), strict=False)
     objective: Any = task.build_objective()
     parameters = [p for p in student.parameters() if p.requires_grad]
     parameters += objective.parameters() if isinstance(objective, SCM) else []

@@ -96,6 +96,9 @@ def check_measure(
     samples: int, features: Extractor, manifest: LatentManifest, *, balanced: bool = True
 ) -> None:
     """Raise `InvalidInputError` unless the FID can be measured on this latent set."""
+    texts = manifest.num_classes == 0
+    by_label = "the rows of data.uri have texts, and samples are asked for by label"
+    require(not texts, "samples", samples, by_label, "Use a latent set with labels")
     few = f"too few for {PARTS} parts, whose spread is the error of the FID"
     require(samples >= 2 * PARTS, "samples", samples, few, f"Use at least {2 * PARTS}")
     require(

@@ -20,7 +20,13 @@ from torch import Tensor
 
 from facm_core.errors import InvalidInputError, require, require_one_of
 from facm_core.guidance import GuidanceConfig
-from facm_core.models import LightningDiT, LightningDiTConfig
+from facm_core.models import (
+    Architecture,
+    LightningDiTConfig,
+    Network,
+    WanConfig,
+    build_network,
+)
 from facm_platform.storage import absolute, file_sha256, node_copy, output_file
 
 SCHEMA_VERSION = 1
@@ -32,7 +38,8 @@ OBJECTIVES = {
     "scm": "sCM",
 }
 """Name -> how it is written in texts."""
-_KIND = "lightning_dit"
+_KINDS: dict[str, type[Architecture]] = {"lightning_dit": LightningDiTConfig, "wan": WanConfig}
+"""Of architectures, as ``config.json`` names them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +70,7 @@ class ArtifactConfig:
 
     schema_version: int = SCHEMA_VERSION
     role: str
-    architecture: LightningDiTConfig
+    architecture: Architecture
     objective: str
     conditioning: str
     guidance_scale: float = 1.0
@@ -126,15 +133,17 @@ class ArtifactConfig:
         """
         architecture = dict(values["architecture"])
         kind = architecture.pop("kind")
-        require(kind == _KIND, "kind", kind, "unknown architecture", f"This code knows {_KIND}")
-        names = ("recommended_nfe", "normalisation_mean", "normalisation_std")
-        tuples = {name: tuple(values[name]) for name in names}
-        return cls(**values | tuples | {"architecture": LightningDiTConfig(**architecture)})
+        known = f"This code knows {', '.join(_KINDS)}"
+        require(kind in _KINDS, "kind", kind, "unknown architecture", known)
+        built = _KINDS[kind](**_frozen(architecture))
+        return cls(**_frozen(values) | {"architecture": built})
 
     def to_json(self) -> dict[str, Any]:
         """All fields, as JSON holds them."""
         values = dataclasses.asdict(self)
-        return values | {"architecture": {"kind": _KIND, **values["architecture"]}}
+        kinds = {architecture: kind for kind, architecture in _KINDS.items()}
+        kind = kinds[type(self.architecture)]
+        return values | {"architecture": {"kind": kind, **values["architecture"]}}
 
     @property
     def guidance(self) -> GuidanceConfig:
@@ -144,10 +153,9 @@ class ArtifactConfig:
         )
 
     @property
-    def latent_shape(self) -> tuple[int, int, int]:
-        """Shape of one sample, (C, H, W)."""
-        size = self.architecture.input_size
-        return (self.architecture.in_channels, size, size)
+    def latent_shape(self) -> tuple[int, ...]:
+        """Shape of one sample: (C, H, W), of a video (C, T, H, W)."""
+        return self.architecture.latent_shape
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,7 +181,7 @@ class Artifact(ArtifactInfo):
         model: In evaluation mode, float32, on the CPU, without gradients.
     """
 
-    model: LightningDiT
+    model: Network
 
     @property
     def info(self) -> ArtifactInfo:
@@ -242,17 +250,17 @@ def load_artifact(uri: str, field: str = "teacher.uri") -> Artifact:
     _check_tensors(tensors, config.architecture, field, uri)
     # Made without storage, so that loading draws nothing from the global random generator.
     with torch.device("meta"):
-        model = LightningDiT(config.architecture)
+        model = build_network(config.architecture)
     model.load_state_dict(tensors, strict=True, assign=True)
     model.eval().requires_grad_(False)
     return Artifact(uri=address, model=model, config=config, sha256=sha256)
 
 
 def _check_tensors(
-    tensors: Mapping[str, Tensor], architecture: LightningDiTConfig, field: str, value: str
+    tensors: Mapping[str, Tensor], architecture: Architecture, field: str, value: str
 ) -> None:
     with torch.device("meta"):
-        expected = LightningDiT(architecture).state_dict()
+        expected = build_network(architecture).state_dict()
     findings = [f"missing {name}" for name in expected if name not in tensors]
     findings += [f"unexpected {name}" for name in tensors if name not in expected]
     for name in expected:
@@ -268,6 +276,10 @@ def _check_tensors(
     require(
         not findings, field, value, problem, "Use the weights and config of one and the same run"
     )
+
+
+def _frozen(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
 
 
 def _read_config(file: Path, field: str, uri: str) -> tuple[ArtifactConfig, str]:

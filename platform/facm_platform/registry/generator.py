@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 
 from facm_core.errors import require
+from facm_core.models import Condition
 from facm_core.pixels import quantise
 from facm_core.samplers import sample_consistency, sample_euler, sample_noise
 from facm_platform.latents.autoencoder import open_autoencoder
 from facm_platform.registry.artifact import Artifact, ArtifactConfig, load_artifact
 
-LatentSampler = Callable[[Sequence[int], Tensor, int], Tensor]
-"""(seeds, labels, steps) -> latents (B, C, H, W), denormalised as the artefact says."""
+LatentSampler = Callable[[Sequence[int], Condition, int], Tensor]
+"""(seeds, labels or prompts, steps) -> latents (B, …), denormalised as the artefact says."""
 
 
 def latent_sampler(artifact: Artifact, device: torch.device, dtype: torch.dtype) -> LatentSampler:
@@ -22,11 +23,14 @@ def latent_sampler(artifact: Artifact, device: torch.device, dtype: torch.dtype)
     model, config = artifact.model.to(device, dtype), artifact.config
     mean, std = torch.tensor(
         [config.normalisation_mean, config.normalisation_std], dtype=dtype, device=device
-    )[:, :, None, None]
+    ).view(2, -1, *[1] * (len(config.latent_shape) - 1))
 
-    def sample(seeds: Sequence[int], labels: Tensor, steps: int) -> Tensor:
+    def sample(seeds: Sequence[int], condition: Condition, steps: int) -> Tensor:
         noise = sample_noise(config.latent_shape, seeds).to(device, dtype)
-        condition = labels.to(device)
+        if isinstance(condition, Tensor):
+            condition = condition.to(device)
+        else:
+            condition = {name: value.to(device) for name, value in condition.items()}
         if config.role == "student":
             x = sample_consistency(model, noise, condition, steps=steps, seeds=seeds)
         else:
@@ -50,10 +54,14 @@ class Generator:
         device: ``cpu`` or ``cuda``.
 
     Raises:
-        InvalidInputError: its autoencoder is not where the artefact says, or is another one.
+        InvalidInputError: its autoencoder is not where the artefact says, or is another one; or
+            the model reads texts.
     """
 
     def __init__(self, artifact: Artifact, device: str = "cpu") -> None:
+        texts = artifact.config.architecture.num_classes == 0
+        by_label = "it reads texts, and is asked by label"
+        require(not texts, "artifact", artifact.uri, by_label, "Use a model with classes")
         self.config: ArtifactConfig = artifact.config
         self.sha256 = artifact.sha256
         config = artifact.config

@@ -29,7 +29,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 from facm_core.ema import PowerEMA
 from facm_core.errors import InvalidInputError, require
-from facm_core.models import LightningDiT
+from facm_core.models import Network
 from facm_platform import storage
 from facm_platform.registry import ArtifactConfig
 from facm_platform.training.parallel import Group, differing_replicas
@@ -101,9 +101,9 @@ class TrainState:
         )
 
     @property
-    def student(self) -> LightningDiT:
+    def student(self) -> Network:
         """The network under training."""
-        return cast(LightningDiT, self.trained["student"])
+        return cast(Network, self.trained["student"])
 
     def staged(self, artifact: ArtifactConfig, keep_averages: bool) -> StagedState:
         """A copy in this machine's memory, for writing while training goes on.

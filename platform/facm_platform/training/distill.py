@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
-from facm_core.errors import InvalidInputError, require
-from facm_core.models import LightningDiTConfig
+from facm_core.errors import InvalidInputError, require, require_one_of
+from facm_core.models import Architecture, WanConfig
 from facm_core.objectives import FACMConfig, MeanFlowConfig, SCMConfig
 from facm_platform.config import JobResult, config_hash, revised
 from facm_platform.config.sections import DataConfig, RunConfig
@@ -25,7 +25,7 @@ from facm_platform.training.run import (
     memory_estimate,
     open_data,
 )
-from facm_platform.training.task import Stage, TrainingTask
+from facm_platform.training.task import SAME, STUDENTS, Stage, TrainingTask
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +53,8 @@ class DistillConfig:
         run: Name and place of the run.
         data: Latent set.
         teacher: Frozen teacher; the student starts from its weights.
+        student: ``same``: a network like the teacher. Where the teacher is a pair of experts, also
+            ``high_noise`` or ``low_noise``: one network for all times, which starts as that one.
         objective: FACM; the method where none is given.
         mean_flow: MeanFlow in its place, for comparison.
         scm: sCM in its place, for comparison.
@@ -68,6 +70,7 @@ class DistillConfig:
     run: RunConfig
     data: DataConfig
     teacher: TeacherConfig
+    student: str = SAME
     objective: FACMConfig | None = None
     mean_flow: MeanFlowConfig | None = None
     scm: SCMConfig | None = None
@@ -77,6 +80,7 @@ class DistillConfig:
     validation: ValidationConfig | None = None
 
     def __post_init__(self) -> None:
+        require_one_of("student", self.student, STUDENTS)
         given = [name for name in _SECTIONS if getattr(self, name) is not None]
         if not given:
             object.__setattr__(self, "objective", FACMConfig())  # frozen, and shown to the user
@@ -92,6 +96,17 @@ class DistillConfig:
     def method(self) -> FACMConfig | MeanFlowConfig | SCMConfig:
         """The one that is given."""
         return cast(FACMConfig | MeanFlowConfig | SCMConfig, getattr(self, self.section))
+
+    @property
+    def second_time(self) -> bool:
+        """Whether the method needs a network with two times."""
+        match self.method:
+            case FACMConfig(conditioning=conditioning):
+                return conditioning == "auxiliary"
+            case MeanFlowConfig():
+                return True
+            case SCMConfig():
+                return False
 
     @property
     def section(self) -> str:
@@ -156,16 +171,14 @@ class DistillPlan:
     start_uri: str | None = None
 
     @property
-    def architecture(self) -> LightningDiTConfig:
-        """The student's: the teacher's, with the time inputs that the method needs."""
-        architecture = self.teacher.config.architecture
-        match self.config.method:
-            case FACMConfig(conditioning=conditioning):
-                return replace(architecture, second_time=conditioning == "auxiliary")
-            case MeanFlowConfig():
-                return replace(architecture, second_time=True)
-            case SCMConfig():
-                return architecture
+    def architecture(self) -> Architecture:
+        """The student's: the teacher's, or that of one of its experts, with the times it needs."""
+        config, architecture = self.config, self.teacher.config.architecture
+        if isinstance(architecture, WanConfig):
+            return architecture if config.student == SAME else replace(architecture, boundary=None)
+        # sCM takes the teacher's times as they are.
+        second_time = config.second_time or (config.scm is not None and architecture.second_time)
+        return replace(architecture, second_time=second_time)
 
     def describe(self) -> str:
         """What would be distilled, from what."""
@@ -175,7 +188,12 @@ class DistillPlan:
             f"{train.global_batch_size} on {config.workers.max} workers, from {self.data_uri} "
             f"({self.manifest.rows:,} rows) to {self.folder_uri}\n"
             f"teacher: {self.teacher.uri} (sha256 {self.teacher.sha256})\n"
-            + memory_estimate(self.architecture, train, config.workers, distill=True)
+            + memory_estimate(
+                self.architecture,
+                train,
+                config.workers,
+                teachers=self.teacher.config.architecture.networks,
+            )
         )
 
     def execute(
@@ -230,6 +248,7 @@ class DistillPlan:
             train=config.train,
             stages=config.built_stages(),
             teacher_uri=self.teacher.uri,
+            student=config.student,
             artifact=artifact,
             tracking_uri=tracking_uri,
             run_id=run_id,
@@ -279,21 +298,20 @@ def check_fit(config: DistillConfig, teacher: ArtifactInfo, manifest: LatentMani
     config.built_stages()
     architecture, method = teacher.config.architecture, config.method
     expanded = isinstance(method, FACMConfig) and method.conditioning == "expanded"
-    size = architecture.input_size
-    shape = (architecture.in_channels, size, size)
     uri = config.teacher.uri
     require(
-        shape == tuple(manifest.latent_shape),
+        architecture.latent_shape == tuple(manifest.latent_shape),
         "teacher.uri",
         uri,
-        f"the teacher's latents are {shape}, those of data.uri {tuple(manifest.latent_shape)}",
+        f"the teacher's latents are {architecture.latent_shape}, those of data.uri "
+        f"{tuple(manifest.latent_shape)}",
         "Use the latent set the teacher was trained on",
     )
     require(
-        architecture.num_classes == manifest.num_classes,
+        _read(architecture) == _read(manifest),
         "teacher.uri",
         uri,
-        f"the teacher has {architecture.num_classes} classes, data.uri {manifest.num_classes}",
+        f"the teacher has {_read(architecture)}, data.uri {_read(manifest)}",
         "Use the latent set the teacher was trained on",
     )
     # Another normalisation is the costliest silent error there is: FID above 130.
@@ -312,3 +330,24 @@ def check_fit(config: DistillConfig, teacher: ArtifactInfo, manifest: LatentMani
         "the teacher has a second time embedding, which this conditioning has no use for",
         "Use auxiliary",
     )
+    require(
+        config.student == SAME or architecture.networks == 2,
+        "student",
+        config.student,
+        "the teacher is one network, not a pair of experts",
+        f"Use {SAME}",
+    )
+    require(
+        not (config.second_time and isinstance(architecture, WanConfig)),
+        "teacher.uri",
+        uri,
+        f"a Wan reads one time, and {config.section} with this conditioning needs two",
+        "Use objective.conditioning=expanded, or scm",
+    )
+
+
+def _read(source: Architecture | LatentManifest) -> str:
+    """What a network reads beside a latent, or what a set has."""
+    if source.text_shape:
+        return f"texts {tuple(source.text_shape)}"
+    return f"{source.num_classes} classes"

@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 
 from facm_core.ema import synthesis_weights
 from facm_core.errors import InvalidInputError, require
-from facm_core.models import LightningDiT
+from facm_core.models import build_network
 from facm_platform import storage
 from facm_platform.config import JobResult
 from facm_platform.registry import ArtifactConfig, save_artifact
@@ -77,7 +77,7 @@ def export(checkpoint: str, output: str, sigma_rel: float | None = None) -> JobR
         else:
             averages = _synthesised(uri, last, sigma_rel)
         with torch.device("meta"):
-            names = LightningDiT(artifact.architecture).state_dict().keys()
+            names = build_network(artifact.architecture).state_dict().keys()
         student = last.tensors("student.")
         weights = {name: averages.get(name, student[name]) for name in names}
     artifact = replace(artifact, ema_sigma_rel=sigma_rel)

@@ -162,8 +162,9 @@ def _work(config: dict[str, Any]) -> dict[str, float] | Exception:
             return train(task, context)
     except torch.OutOfMemoryError as error:
         # Of this rank alone: the others wait for it, and end when it does.
-        distill = task.teacher_uri is not None
         architecture, count = task.artifact.architecture, context.world_size
-        raise out_of_memory(error, architecture, task.train, count, distill=distill) from error
+        raise out_of_memory(
+            error, architecture, task.train, count, teachers=task.teachers
+        ) from error
     except Hopeless as error:
         return cast(Exception, error.args[0])

@@ -17,7 +17,7 @@ from torch.nn.utils import clip_grad_norm_
 
 from facm_core.ema import PowerEMA
 from facm_core.errors import InvalidInputError
-from facm_core.models import LightningDiT
+from facm_core.models import Network, build_network
 from facm_core.objectives import FACM, Draws, Objective
 from facm_platform.latents import Batch
 from facm_platform.latents.stream import dealt_to
@@ -40,7 +40,7 @@ from facm_platform.training.parallel import (
     whole,
 )
 from facm_platform.training.progress import Clock, MetricWindow, Notices, progress_line
-from facm_platform.training.task import Hopeless, TrainingTask
+from facm_platform.training.task import SAME, Hopeless, TrainingTask
 
 
 def train(task: TrainingTask, context: WorkerContext) -> dict[str, float]:
@@ -239,16 +239,17 @@ class _Trainer:
         self.state.rollbacks = rollbacks
         self._say(f"{self.task.job}: rolled back ({rollbacks} of {settings.max_rollbacks})")
 
-    def _networks(self) -> tuple[LightningDiT, LightningDiT | None]:
+    def _networks(self) -> tuple[Network, Network | None]:
         """Student and teacher, sharded. A distilled student starts from the teacher's weights."""
         task, settings = self.task, self.settings
         sharding, device = self._sharding, self.context.device
         torch.manual_seed(settings.seed)
-        student, teacher = LightningDiT(task.artifact.architecture), None
+        student, teacher = build_network(task.artifact.architecture), None
         if task.teacher_uri is not None:
             teacher = load_artifact(task.teacher_uri).model
+            start = teacher if task.student == SAME else teacher.get_submodule(task.student)
             # A second time embedding, which the teacher has not, adds nothing at first.
-            student.load_state_dict({**student.state_dict(), **teacher.state_dict()})
+            student.load_state_dict({**student.state_dict(), **start.state_dict()})
             replicas = 1 if settings.shard_teacher else self.context.world_size
             teacher = replace(sharding, replicas=replicas).apply(teacher, device)
         return sharding.apply(student, device), teacher
@@ -403,7 +404,7 @@ class _Trainer:
         """Rank 0 writes the averaged weights as a model artefact into the run's folder."""
         artifact = replace(self.task.artifact, images_seen=self.state.images_seen)
         averages = self.state.ema.profiles[str(self.settings.export_sigma_rel)]
-        weights = gather({**dict(self.state.student.named_buffers()), **averages})
+        weights = gather({**self.state.student.state_dict(), **averages})
         if self.context.rank == 0:
             with tempfile.TemporaryDirectory() as folder:
                 save_artifact(Path(folder), weights, artifact)

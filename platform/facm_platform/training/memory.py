@@ -6,42 +6,45 @@ import math
 from dataclasses import replace
 
 from facm_core.errors import InvalidInputError
-from facm_core.memory import MemoryConfig, MemoryPlan, lightning_dit, plan
-from facm_core.models import LightningDiTConfig
+from facm_core.memory import MemoryConfig, MemoryPlan, plan, preset_of
+from facm_core.models import Architecture
 from facm_platform.training.config import TrainConfig
 
 
 def worker_memory(
-    architecture: LightningDiTConfig, train: TrainConfig, workers: int, *, distill: bool
+    architecture: Architecture, train: TrainConfig, workers: int, *, teachers: int
 ) -> MemoryPlan:
-    """Of each of so many workers, see `facm_core.memory`; with nothing offloaded."""
+    """Of each of so many workers, see `facm_core.memory`; with nothing offloaded.
+
+    `teachers`: frozen networks; 0 when training from scratch.
+    """
     share = math.ceil(train.global_batch_size / workers)
     return plan(
-        lightning_dit(architecture),
+        preset_of(architecture),
         MemoryConfig(
             gpus=workers // train.replicas,
             batch_size=min(share, train.micro_batch_size or share),
             dtype=train.precision,
             recompute=train.recompute,
-            teachers=1 if distill else 0,
+            teachers=teachers,
             averages=len(train.ema_sigma_rels),
-            jvp=distill,
+            jvp=teachers > 0,
         ),
     )
 
 
 def out_of_memory(
     error: Exception,
-    architecture: LightningDiTConfig,
+    architecture: Architecture,
     train: TrainConfig,
     workers: int,
     *,
-    distill: bool,
+    teachers: int,
 ) -> InvalidInputError:
     """What to tell a user whose worker ran out of memory: each knob, and what it saves."""
 
     def total(settings: TrainConfig, count: int) -> int:
-        return worker_memory(architecture, settings, count, distill=distill).total
+        return worker_memory(architecture, settings, count, teachers=teachers).total
 
     needed = total(train, workers)
     share = math.ceil(train.global_batch_size / workers)
@@ -58,7 +61,7 @@ def out_of_memory(
     if train.precision == "float32":
         knobs["train.precision=bfloat16"] = total(replace(train, precision="bfloat16"), workers)
     if not train.offload:
-        memory = worker_memory(architecture, train, workers, distill=distill)
+        memory = worker_memory(architecture, train, workers, teachers=teachers)
         knobs["train.offload=true"] = memory.unsharded + memory.activations
     saved = {knob: needed - less for knob, less in knobs.items() if less < needed}
     advice = ", ".join(

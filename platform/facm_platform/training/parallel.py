@@ -20,6 +20,7 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor
 
+from facm_core.models.experts import Experts
 from facm_core.precision import DTYPES
 
 _EVERYWHERE = -1
@@ -54,6 +55,8 @@ class Sharding:
         if self.compile:
             for block in model.blocks:
                 block.compile()
+        if isinstance(model, Experts):
+            model.collective = True
         mesh, offload = self._mesh(device), self._offload(device)
         model = model.to("cpu" if self.offload else device)
         dtype = DTYPES[self.precision]

@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 from ray.train.v2._internal.constants import CHECKPOINT_MANAGER_SNAPSHOT_FILENAME
 
 from facm_core.errors import InvalidInputError, require
-from facm_core.models import LightningDiTConfig
+from facm_core.models import Architecture
 from facm_platform import storage
 from facm_platform.cluster import connected
 from facm_platform.config import JobResult, as_dict
@@ -121,11 +121,11 @@ def check_batch(train: TrainConfig, workers: WorkersConfig) -> None:
 
 
 def memory_estimate(
-    architecture: LightningDiTConfig, train: TrainConfig, workers: WorkersConfig, *, distill: bool
+    architecture: Architecture, train: TrainConfig, workers: WorkersConfig, *, teachers: int
 ) -> str:
     """Each worker's memory when there are fewest."""
     count = workers.min or workers.max
-    memory = worker_memory(architecture, train, count, distill=distill)
+    memory = worker_memory(architecture, train, count, teachers=teachers)
     items = ", ".join(f"{name} {size / 2**20:,.0f}" for name, size in memory.rows())
     return f"MiB for each of {count} workers: {items}"
 

@@ -21,6 +21,10 @@ from facm_platform.registry import ArtifactConfig
 from facm_platform.storage import join
 from facm_platform.training.config import TrainConfig, ValidationConfig
 
+SAME = "same"
+STUDENTS = (SAME, "high_noise", "low_noise")
+"""A network like the teacher, or like one of its experts."""
+
 Method: TypeAlias = FACMConfig | MeanFlowConfig | SCMConfig | FlowMatchingConfig
 
 
@@ -54,8 +58,9 @@ class TrainingTask:
         objective: The loss.
         train: Optimisation.
         stages: What takes the place of both on the way, in order.
-        teacher_uri: Artefact of the frozen teacher, which is also the student's start; None when
-            training from scratch.
+        teacher_uri: Artefact of the frozen teacher, whose weights the student starts with; None
+            when training from scratch.
+        student: Which of the teacher's weights these are, one of `STUDENTS`.
         artifact: Description of the model that will come out, its architecture included.
         tracking_uri: MLflow store.
         run_id: MLflow run that receives the metrics; None for none.
@@ -70,6 +75,7 @@ class TrainingTask:
     train: TrainConfig
     stages: tuple[Stage, ...] = ()
     teacher_uri: str | None
+    student: str = SAME
     artifact: ArtifactConfig
     tracking_uri: str
     run_id: str | None
@@ -85,6 +91,13 @@ class TrainingTask:
     def skipped_uri(self) -> str:
         """Where the batches of skipped steps are kept."""
         return join(self.folder_uri, "skipped")
+
+    @property
+    def teachers(self) -> int:
+        """Frozen networks: none in pre-training, two where the teacher is a pair of experts."""
+        if self.teacher_uri is None:
+            return 0
+        return self.artifact.architecture.networks if self.student == SAME else 2
 
     def stage_at(self, images_seen: int) -> Stage:
         """What is in force after so many images."""

@@ -1,0 +1,76 @@
+"""The null prompt of a latent set with texts: ``null_text.safetensors`` beside its manifest."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from facm_core.errors import InvalidInputError, require
+from facm_platform import storage
+from facm_platform.latents.manifest import LatentManifest
+from facm_platform.latents.tables import TEXT_EMBEDDING, TEXT_MASK
+
+NULL_TEXT = "null_text.safetensors"
+_REMEDY = "Embed the null prompt like those of the set, and write it by NullText.save"
+
+
+@dataclass(frozen=True)
+class NullText:
+    """What stands for no prompt, embedded like the prompts of the set.
+
+    Attributes:
+        text_embedding: (L, D).
+        text_mask: (L,), 1 on the prompt and 0 on padding.
+    """
+
+    text_embedding: Tensor
+    text_mask: Tensor
+
+    @staticmethod
+    def load(uri: str, manifest: LatentManifest, field: str = "data.uri") -> NullText:
+        """The null prompt of the set at `uri`.
+
+        Raises:
+            InvalidInputError: there is none, or it is none of this set. `field` is the one at
+                fault.
+        """
+        file = storage.join(uri, NULL_TEXT)
+        try:
+            tensors = safetensors.torch.load(storage.read_bytes(file))
+        except FileNotFoundError:
+            problem = f"the set has no null prompt: there is no {NULL_TEXT}"
+            raise InvalidInputError(field, uri, problem, _REMEDY) from None
+        except SafetensorError as error:
+            raise InvalidInputError(field, file, f"not readable ({error})", _REMEDY) from None
+        shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        tokens = manifest.text_shape[:1]
+        expected = {TEXT_EMBEDDING: tuple(manifest.text_shape), TEXT_MASK: tokens}
+        require(shapes == expected, field, file, f"it holds {shapes}, not {expected}", _REMEDY)
+        null = NullText(tensors[TEXT_EMBEDDING].float(), tensors[TEXT_MASK].float())
+        finite = bool(null.text_embedding.isfinite().all())
+        require(finite, field, file, f"{TEXT_EMBEDDING} is not finite", _REMEDY)
+        flags = bool(((null.text_mask == 0) | (null.text_mask == 1)).all())
+        require(flags, field, file, f"{TEXT_MASK} holds more than 0 and 1", _REMEDY)
+        return null
+
+    def save(self, uri: str) -> None:
+        """Write it beside the manifest of the set at `uri`."""
+        storage.write_bytes(storage.join(uri, NULL_TEXT), self._content())
+
+    @property
+    def sha256(self) -> str:
+        """Hash of the file that `save` writes."""
+        return hashlib.sha256(self._content()).hexdigest()
+
+    def _content(self) -> bytes:
+        return safetensors.torch.save(
+            {
+                TEXT_EMBEDDING: self.text_embedding.float().contiguous(),
+                TEXT_MASK: self.text_mask.to(torch.uint8),
+            }
+        )

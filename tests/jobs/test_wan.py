@@ -1,0 +1,73 @@
+"""Wan from a diffusers folder to a distilled pair of experts, on real workers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from mlflow import MlflowClient
+from safetensors.torch import load_file
+
+from facm_core.models.base import select_rows
+from facm_platform.latents import LatentStream, local_batches
+from facm_platform.registry import load_artifact
+from facm_platform.registry.artifact import WEIGHTS
+from tests.jobs.conftest import RunJob, last_line
+from tests.tiny_wan import write_pipeline, write_texts
+
+BOUNDARY = 0.6
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_two_experts_are_imported_and_distilled(run_job: RunJob, tmp_path: Path) -> None:
+    manifest = write_texts(tmp_path / "set")
+    experts = write_pipeline(tmp_path / "pipeline", boundary=BOUNDARY)
+    tracked = ["run.name=wan", f"run.tracking.uri=sqlite:///{tmp_path}/mlflow.db"]
+    done = run_job("import_wan", *tracked, "source_uri=pipeline", "data.uri=set", "output_uri=wan")
+    assert done.returncode == 0, done.stderr
+
+    teacher = load_artifact(str(tmp_path / "wan"))
+    assert last_line(done.stdout)["artifact_uri"] == teacher.uri
+    (batch,) = local_batches(LatentStream(str(tmp_path / "set"), manifest, 0), 0, 8, 8)
+    t = torch.tensor([0.0, 0.39, 0.41, 0.9]).repeat(2)
+    got = teacher.model(batch.latents, t, batch.condition)
+    for row, expert in enumerate([0, 0, 1, 1] * 2):
+        some: Any = select_rows(batch.condition, torch.tensor([row]))
+        text = some["text_embedding"].float() * some["text_mask"][..., None]
+        x, timestep = batch.latents[row : row + 1, :, None], 1000 * (1 - t[row : row + 1])
+        with torch.no_grad():
+            output = experts[expert].eval()(x, timestep, text).sample
+        torch.testing.assert_close(got[row], -output[0, :, 0], rtol=1e-5, atol=1e-5)
+
+    done = run_job(
+        "distill",
+        *tracked,
+        "data.uri=set",
+        "teacher.uri=wan",
+        "train.images=480",
+        "train.global_batch_size=16",
+        "train.learning_rate=3e-3",
+        "train.log_images=48",
+        "train.health_images=48",
+        "train.export_sigma_rel=0.05",
+    )
+    assert done.returncode == 0, done.stderr
+    client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    # The shortcut's loss changes more with the times drawn than in thirty steps.
+    for name in ("loss_fm", "anchor_drift"):
+        history = client.get_metric_history(last_line(done.stdout)["run_id"], name)
+        values = [metric.value for metric in sorted(history, key=lambda metric: metric.step)]
+        assert len(values) == 10
+        assert sum(values[5:]) < 0.95 * sum(values[:5]), values
+    uri = Path(last_line(done.stdout)["artifact_uri"])
+    student, stored = load_artifact(str(uri)), load_file(uri / WEIGHTS)
+    assert student.config.teacher_sha256 == teacher.sha256
+    assert student.config.architecture == teacher.config.architecture
+    held = student.model.state_dict()
+    assert held.keys() == stored.keys() == teacher.model.state_dict().keys()
+    for name, tensor in teacher.model.state_dict().items():
+        assert torch.equal(held[name], stored[name])
+        assert torch.equal(held[name], tensor) == ("null_text" in name), name

@@ -1,0 +1,86 @@
+"""A tiny Wan as diffusers would save it, and latents with texts for it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import WanTransformer3DModel
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from facm_platform.latents import LatentManifest
+from facm_platform.latents.manifest import part_name
+from facm_platform.latents.null_text import NullText
+from facm_platform.latents.tables import RowFormat
+from facm_platform.latents.writer import write_part
+
+SHAPE, TEXT = (4, 4, 4), (5, 12)
+
+
+def write_texts(folder: Path, rows: int = 64) -> LatentManifest:
+    """Latents that are told by their prompts, and a null prompt."""
+    random = np.random.default_rng(0)
+    text = random.normal(size=(rows, *TEXT)).astype(np.float16)
+    latents = np.einsum("nld,dchw->nchw", text, random.normal(size=(TEXT[1], *SHAPE))) + 1
+    format = RowFormat(latent_shape=SHAPE, latent_dtype="float32", text_shape=TEXT)
+    table = format.table(
+        {
+            "latent": latents,
+            "text_embedding": text,
+            "text_mask": np.arange(TEXT[0]) < random.integers(1, TEXT[0] + 1, (rows, 1)),
+            "key": [f"prompt {row}" for row in range(rows)],
+        }
+    )
+    manifest = LatentManifest.of(
+        format,
+        [write_part(str(folder), part_name(0), [table], format)],
+        autoencoder_id="identity",
+        autoencoder_sha256="0" * 64,
+        encoding_sha256="0" * 64,
+        created_by="test",
+    )
+    manifest.save(str(folder))
+    generator = torch.Generator().manual_seed(3)
+    null = torch.randn(TEXT, generator=generator)
+    NullText(null, torch.tensor([1, 1, 0, 0, 0])).save(str(folder))
+    return manifest
+
+
+def wan(seed: int) -> WanTransformer3DModel:
+    """Random, without a weight at its zero start."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        network = WanTransformer3DModel(
+            num_attention_heads=2,
+            attention_head_dim=12,
+            in_channels=SHAPE[0],
+            out_channels=SHAPE[0],
+            text_dim=TEXT[1],
+            freq_dim=32,
+            ffn_dim=48,
+            num_layers=2,
+            rope_max_seq_len=16,
+        )
+        nn.init.normal_(network.proj_out.weight, std=0.1)
+        # Times matter, so that a student that is told others has something to learn.
+        nn.init.normal_(network.condition_embedder.time_proj.weight, std=0.5)
+    return network
+
+
+def write_pipeline(folder: Path, *, boundary: float | None) -> list[WanTransformer3DModel]:
+    """What `jobs/import_wan.py` reads of a pipeline; with a boundary, two experts."""
+    networks = [wan(seed) for seed in ((1,) if boundary is None else (1, 2))]
+    for name, network in zip(("transformer", "transformer_2"), networks, strict=False):
+        # In several files, as large networks are.
+        network.save_pretrained(folder / name, max_shard_size="60KB")
+    (folder / "model_index.json").write_text(json.dumps({"boundary_ratio": boundary}))
+    return networks
+
+
+def rewrite(file: Path, change: dict[str, torch.Tensor | None]) -> None:
+    """Other tensors in a file; None takes one away."""
+    tensors = {**load_file(file), **change}
+    save_file({name: t for name, t in tensors.items() if t is not None}, file)

@@ -1,0 +1,140 @@
+"""Text-conditioned Wan in the training loop: one network or two, one process or sharded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from facm_core.errors import InvalidInputError
+from facm_core.memory import MemoryConfig, plan, preset_of
+from facm_core.objectives import FACMConfig, MeanFlowConfig, SCMConfig
+from facm_platform.config.sections import DataConfig, RunConfig
+from facm_platform.latents import LatentManifest
+from facm_platform.registry import load_artifact
+from facm_platform.registry.import_wan import ImportWanConfig
+from facm_platform.registry.import_wan import prepare as prepare_import
+from facm_platform.tracking import Store
+from facm_platform.training import distill
+from facm_platform.training.config import WorkersConfig
+from facm_platform.training.context import LocalContext
+from facm_platform.training.distill import DistillConfig, DistillPlan, TeacherConfig
+from facm_platform.training.export import export
+from facm_platform.training.launch import launch
+from facm_platform.training.loop import train
+from facm_platform.training.task import TrainingTask
+from tests.small import ARCHITECTURE, artifact_config, write_model
+from tests.tiny_wan import write_pipeline, write_texts
+from tests.training.conftest import TRAIN, plain_distillation, weights
+
+Distill = Callable[..., DistillPlan]
+
+
+@pytest.fixture
+def distilled(tmp_path: Path, store: Store) -> Distill:
+    """``distilled(field=value)`` -> the plan of a distillation of a pair of experts."""
+    make_teacher(tmp_path, boundary=0.5)
+
+    def make(**changes: Any) -> DistillPlan:
+        values: dict[str, Any] = {
+            "run": RunConfig(name="wan", storage_uri=str(tmp_path / "runs")),
+            "data": DataConfig(uri=str(tmp_path / "set")),
+            "teacher": TeacherConfig(uri=str(tmp_path / "teacher")),
+            "train": TRAIN,
+        }
+        return distill.prepare(DistillConfig(**values | changes))
+
+    return make
+
+
+def make_teacher(folder: Path, boundary: float | None, name: str = "teacher") -> TeacherConfig:
+    """Of the texts in ``set``, which are written if need be."""
+    if not (folder / "set").exists():
+        write_texts(folder / "set")
+    write_pipeline(folder / f"{name}-pipeline", boundary=boundary)
+    config = ImportWanConfig(
+        run=RunConfig(name=name, storage_uri=str(folder / "runs")),
+        source_uri=str(folder / f"{name}-pipeline"),
+        data=DataConfig(uri=str(folder / "set")),
+        output_uri=str(folder / name),
+    )
+    prepare_import(config).execute()
+    return TeacherConfig(uri=str(folder / name))
+
+
+def task_of(plan: DistillPlan) -> TrainingTask:
+    return replace(plan.task("", ""), run_id=None)
+
+
+def assert_plain(task: TrainingTask) -> None:
+    got = weights(task)
+    for name, expected in plain_distillation(task).items():
+        torch.testing.assert_close(got[name], expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_cluster")
+def test_two_workers_with_shards_of_a_pair_equal_one_plain_process(distilled: Distill) -> None:
+    task = task_of(distilled())
+    launch(task, WorkersConfig(max=2))
+    assert_plain(task)
+
+
+@pytest.mark.usefixtures("process_group")
+@pytest.mark.parametrize("student", ["high_noise", "low_noise"])
+def test_one_network_starts_as_one_expert(distilled: Distill, tmp_path: Path, student: str) -> None:
+    task = task_of(distilled(student=student))
+    assert task.artifact.architecture.boundary is None
+    train(task, LocalContext(Path(task.folder_uri)))
+    assert_plain(task)
+    assert weights(task)["null_text_embedding"].any()
+    (checkpoint,) = (Path(task.folder_uri)).glob(f"checkpoint_*{TRAIN.images}")
+    export(str(checkpoint), str(tmp_path / "exported"))
+    again, first = (load_artifact(uri) for uri in (str(tmp_path / "exported"), task.artifact_uri))
+    assert again.sha256 == first.sha256
+    assert again.config == first.config
+
+
+def test_the_memory_of_two_networks(distilled: Distill) -> None:
+    both, one = (distilled(student=student) for student in ("same", "low_noise"))
+    size = sum(p.numel() for p in load_artifact(both.teacher.uri).model.parameters())
+    for prepared, share in ((both, 1.0), (one, 0.5)):
+        assert task_of(prepared).teachers == 2
+        memory = plan(preset_of(prepared.architecture), MemoryConfig(gpus=2, teachers=2))
+        assert memory.teachers == 4 * size // 2
+        assert memory.parameters == memory.gradients == share * memory.teachers
+        assert memory.optimizer == memory.averages == 2 * memory.parameters
+        assert f"teachers {memory.teachers / 2**20:,.0f}, " in prepared.describe()
+
+
+def test_what_makes_no_sense(distilled: Distill, tmp_path: Path) -> None:
+    one = make_teacher(tmp_path, boundary=None, name="one")
+    assert distilled(teacher=one).architecture.networks == 1
+    with pytest.raises(InvalidInputError, match=r"student = 'low_noise': the teacher is one net"):
+        distilled(teacher=one, student="low_noise")
+    with pytest.raises(InvalidInputError, match=r"reads one time, and objective .* needs two"):
+        distilled(objective=FACMConfig(conditioning="auxiliary"))
+    with pytest.raises(InvalidInputError, match=r"reads one time, and mean_flow .* or scm"):
+        distilled(teacher=one, mean_flow=MeanFlowConfig())
+    assert distilled(scm=SCMConfig()).task("", "").artifact.conditioning == "plain"
+
+
+def test_an_unknown_student() -> None:
+    nowhere = {"run": RunConfig(name="x"), "data": DataConfig(uri=""), "train": TRAIN}
+    with pytest.raises(InvalidInputError, match=r"student = 'both'.*low_noise"):
+        DistillConfig(**nowhere, teacher=TeacherConfig(uri=""), student="both")  # type: ignore[arg-type]
+
+
+def test_texts_are_no_labels(distilled: Distill, tmp_path: Path, digits_uri: str) -> None:
+    manifest = LatentManifest.load(str(tmp_path / "set"))
+    architecture = replace(ARCHITECTURE, input_size=4, in_channels=4)
+    write_model(tmp_path / "labels", artifact_config(manifest, architecture=architecture))
+    expected = r"teacher has 10 classes, data.uri texts \(5, 12\)"
+    with pytest.raises(InvalidInputError, match=expected):
+        distilled(teacher=TeacherConfig(uri=str(tmp_path / "labels")))
+    with pytest.raises(InvalidInputError, match=r"teacher's latents are \(4, 4, 4\)"):
+        distilled(data=DataConfig(uri=digits_uri))
