@@ -148,6 +148,13 @@ WAN_TEXT = (512, 4096)  # tokens and channels of a prompt
 def wan(name: str, height: int, width: int) -> Preset:
     """Wan and latents of one frame, height x width, with prompts."""
     layers, heads, mlp, channels = WAN[name]
+    require(
+        height % 2 == width % 2 == 0,
+        "--latent",
+        (height, width),
+        "Wan's patches are 2 x 2",
+        "Give even numbers",
+    )
 
     def build() -> Any:
         import diffusers
@@ -286,7 +293,7 @@ def main(arguments: list[str] | None = None) -> None:
         type=int,
         default=(90, 160),
         metavar=("HEIGHT", "WIDTH"),
-        help="latent of Wan; 90 160 is an image of 720p (45 80 for wan-5b)",
+        help="latent of Wan; 90 160 is an image of 720p (44 80 for wan-5b)",
     )
     parser.add_argument("--gpus", type=int, default=default.gpus, help="in all")
     parser.add_argument("--batch", type=int, default=default.batch_size, help="images a GPU")
