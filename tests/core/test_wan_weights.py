@@ -1,9 +1,9 @@
 """Names and shapes of Wan's published weights, against the architecture written out.
 
 The index of Wan 2.2's 14B experts could not be had; public notes on it say: 1,095 tensors, all
-float32, `total_size` 4 · 14,288,491,584. The index of Wan 2.2's 5B, in Wan's own names, is in
-github.com/tky135/FastWAM (``diffusion_pytorch_model.safetensors.index.json``). Its names in blocks 0
-to 13 (27 each) and outside the blocks (15) were read beside the table below and are the same; its
+float32, `total_size` 4 · 14,288,491,584. That of Wan 2.2's 5B, in Wan's own names, is in
+github.com/tky135/FastWAM (``diffusion_pytorch_model.safetensors.index.json``). Its names in blocks
+0 to 13 (27 each) and outside the blocks (15) were read beside the table below and are the same; its
 `total_size` is 19,999,150,848. Of the 1.3B, there was nothing to compare the number with.
 """
 
