@@ -24,7 +24,7 @@ SCRIPT = Path(__file__).with_name("loading_ranks.py")
 CPU = torch.device("cpu")
 MIB = 2**20
 
-# 18 channels: no number of ranks here divides them, and the tables have but one row.
+# No number of ranks here divides the 27, nor does 4 the 18 channels; the tables have one row.
 NETWORK = {
     "num_attention_heads": 3,
     "attention_head_dim": 6,
@@ -33,7 +33,7 @@ NETWORK = {
     "out_channels": 4,
     "text_dim": 12,
     "freq_dim": 32,
-    "ffn_dim": 26,
+    "ffn_dim": 27,
     "rope_max_seq_len": 16,
 }
 # Two experts of 67 MiB each in float32.
