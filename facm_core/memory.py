@@ -266,7 +266,7 @@ def main(arguments: list[str] | None = None) -> None:
         type=int,
         default=(90, 160),
         metavar=("HEIGHT", "WIDTH"),
-        help="latent of Wan; 90 160 is an image of 720p (45 80 for wan-5b)",
+        help="latent of Wan; 90 160 is an image of 720p (44 80 for wan-5b)",
     )
     parser.add_argument("--gpus", type=int, default=default.gpus, help="in all")
     parser.add_argument("--batch", type=int, default=default.batch_size, help="images a GPU")

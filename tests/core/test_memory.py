@@ -83,7 +83,9 @@ def test_teacher_training_needs_less() -> None:
     assert pretrain.activations < 0.6 * distill.activations
 
 
-@pytest.mark.parametrize(("name", "billions"), [("wan-1.3b", 1.42), ("wan-14b", 14.29)])
+@pytest.mark.parametrize(
+    ("name", "billions"), [("wan-1.3b", 1.42), ("wan-5b", 5.0), ("wan-14b", 14.29)]
+)
 def test_wan(name: str, billions: float) -> None:
     """Parameters as published; nothing of them is ever allocated."""
     config = MemoryConfig(gpus=32, dtype="bfloat16", recompute=True, teachers=2)
@@ -98,6 +100,10 @@ def test_wan(name: str, billions: float) -> None:
     [
         (["--preset", "XXL"], r"--preset = 'XXL': .*wan-14b"),
         (["--preset", "wan-14b", "--set", "depth=3"], r"--set = \['depth=3'\]: Wan's sizes"),
+        (
+            ["--preset", "wan-5b", "--latent", "45", "80"],
+            r"patch_size = \(1, 2, 2\): does not divide",
+        ),
         (["--gpus", "0"], r"gpus = 0: below 1"),
         (["--teachers", "-1"], r"teachers = -1: negative"),
     ],

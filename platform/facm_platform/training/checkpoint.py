@@ -32,7 +32,7 @@ from facm_core.errors import InvalidInputError, require
 from facm_core.models import Network
 from facm_platform import storage
 from facm_platform.registry import ArtifactConfig
-from facm_platform.training.parallel import Group, differing_replicas
+from facm_platform.training.parallel import Group, agreed, differing_replicas
 
 RECORD = "checkpoint.json"
 AVERAGES = "averages"
@@ -127,7 +127,7 @@ class TrainState:
                 damaged, or it is of another network.
         """
         state, groups = self._tensors()
-        record = _agreed(lambda: self._checked(folder, state, group), group)
+        record = agreed(lambda: self._checked(folder, state, group), group)
         load(state, storage_reader=PlainReader(folder), process_group=group)
         set_state_dict(
             self.trained,
@@ -295,21 +295,6 @@ class _RecordUnpickler(pickle.Unpickler):
         if (module, name) not in _RECORDS:
             raise pickle.UnpicklingError(f"its metadata names {module}.{name}: refused")
         return super().find_class(module, name)
-
-
-def _agreed(check: Any, group: Group) -> dict[str, Any]:
-    """The result of `check`, or on every rank the first error that it was on any."""
-    result, error = {}, None
-    try:
-        result = check()
-    except InvalidInputError as found:
-        error = found
-    errors: list[InvalidInputError | None] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(errors, error, group)
-    for one in errors:
-        if one is not None:
-            raise one
-    return result
 
 
 def _flat(state: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Tensor]]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -20,12 +21,14 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor
 
+from facm_core.errors import InvalidInputError
 from facm_core.models.experts import Experts
 from facm_core.precision import DTYPES
 
 _EVERYWHERE = -1
 Group = dist.ProcessGroup | None
 M = TypeVar("M", bound=Any)
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +53,7 @@ class Sharding:
     def apply(self, model: M, device: torch.device) -> M:
         """Shard `model` in place, one unit a block and one for the rest, and give it back.
 
-        Every rank must hold the same weights before.
+        Every rank must hold the same weights before; or none, on the meta device, where they stay.
         """
         if self.compile:
             for block in model.blocks:
@@ -58,7 +61,8 @@ class Sharding:
         if isinstance(model, Experts):
             model.collective = True
         mesh, offload = self._mesh(device), self._offload(device)
-        model = model.to("cpu" if self.offload else device)
+        if not any(parameter.is_meta for parameter in model.parameters()):
+            model = model.to(self.home(device))
         dtype = DTYPES[self.precision]
         # No inputs are cast: a time rounded to bfloat16 is another time.
         block_policy = MixedPrecisionPolicy(
@@ -86,8 +90,12 @@ class Sharding:
         """Shard each part of `module`, small and called on its own, in place; in float32."""
         mesh, offload = self._mesh(device), self._offload(device)
         for part in module.children():
-            part.to("cpu" if self.offload else device)
+            part.to(self.home(device))
             fully_shard(part, mesh=mesh, offload_policy=offload)
+
+    def home(self, device: torch.device) -> torch.device:
+        """Where the shards live."""
+        return torch.device("cpu") if self.offload else device
 
     def _offload(self, device: torch.device) -> OffloadPolicy:
         pinned = device.type == "cuda"
@@ -152,6 +160,32 @@ def whole(tensor: Tensor) -> Tensor:
 def local(tensor: Tensor) -> Tensor:
     """This rank's shard of a distributed tensor, another tensor as it is."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def local_rows(tensor: DTensor) -> slice:
+    """Of the rows (first dimension) of the whole, those of this rank's shard.
+
+    FSDP2 cuts as `torch.chunk` does: equal pieces, the last ones shorter or empty. The shards of
+    one replica, together, are every row once.
+    """
+    rows, shards = tensor.shape[0], tensor.device_mesh.size(-1)
+    start = min(_place(tensor) * math.ceil(rows / shards), rows)
+    return slice(start, start + len(local(tensor)))
+
+
+def agreed(check: Callable[[], T], group: Group = None) -> T:
+    """The result of `check`, or on every rank the first error that it was on any. A collective."""
+    result, error = None, None
+    try:
+        result = check()
+    except InvalidInputError as found:
+        error = found
+    errors: list[InvalidInputError | None] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(errors, error, group)
+    for one in errors:
+        if one is not None:
+            raise one
+    return cast(T, result)
 
 
 def mean_over_workers(values: Tensor) -> Tensor:
