@@ -18,9 +18,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import ConfigMixin, SchedulerMixin, WanPipeline
-from diffusers.configuration_utils import register_to_config
-from diffusers.schedulers.scheduling_utils import SchedulerOutput
+from diffusers import WanPipeline
+from diffusers.configuration_utils import ConfigMixin
+from diffusers.schedulers.scheduling_utils import SchedulerMixin, SchedulerOutput
 from torch import Tensor
 
 from facm_core.errors import InvalidInputError, require, require_one_of
@@ -31,7 +31,7 @@ from facm_core.models.time_scale import drop_fast_weights
 from facm_core.samplers import sample_noise, time_grid
 
 
-class FewStepScheduler(SchedulerMixin, ConfigMixin):
+class FewStepScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
     """The samplers of `facm_core.samplers` as a diffusers scheduler.
 
     Its networks predict noise − data, and are told a timestep, 1000·(1 − t).
@@ -47,7 +47,6 @@ class FewStepScheduler(SchedulerMixin, ConfigMixin):
 
     order = 1
 
-    @register_to_config
     def __init__(
         self,
         sampler: str = "consistency",
@@ -56,16 +55,19 @@ class FewStepScheduler(SchedulerMixin, ConfigMixin):
     ) -> None:
         require_one_of("sampler", sampler, ("consistency", "euler", "anchor"))
         require(shift > 0, "shift", shift, "not positive", "Use 1 for an even grid")
+        self.sampler, self.shift, self.noise_timestep = sampler, shift, num_train_timesteps
+        settings = {"sampler": sampler, "shift": shift, "num_train_timesteps": num_train_timesteps}
+        self.register_to_config(**settings)  # type: ignore[no-untyped-call]
         self._steps_done = 0
 
     def set_timesteps(
         self, num_inference_steps: int, device: torch.device | str | None = None
     ) -> None:
         """Begin a sample of so many steps, one function evaluation each."""
-        self._times = time_grid(num_inference_steps, 1 / self.config.shift)
+        self._times = time_grid(num_inference_steps, 1 / self.shift)
         t = self._times[:-1].float()
-        told = 2 - t if self.config.sampler == "anchor" else t
-        self.timesteps = self.config.num_train_timesteps * (1 - told).to(device)
+        told = 2 - t if self.sampler == "anchor" else t
+        self.timesteps = self.noise_timestep * (1 - told).to(device)
         self.sigmas = 1 - self._times
         self._steps_done = 0
 
@@ -88,7 +90,7 @@ class FewStepScheduler(SchedulerMixin, ConfigMixin):
         i = self._steps_done
         t, t_next = (self._times[j].expand(len(sample)).to(sample.device) for j in (i, i + 1))
         x, velocity = sample.double(), -model_output.double()
-        if self.config.sampler == "consistency":
+        if self.sampler == "consistency":
             if i == 0:
                 self._seeds = noise_seeds(sample)
             x = predict_data(x, t, velocity)
@@ -129,13 +131,13 @@ def save_pipeline(folder: str | Path, student: Any, scheduler: FewStepScheduler)
     boundary: dict[str, Any] = {}
     if isinstance(student, Experts):
         boundary = {"boundary_ratio": student.boundary}
-        if scheduler.config.sampler == "anchor":
+        if scheduler.sampler == "anchor":
             # The pipeline asks `transformer` at timesteps from the boundary up. The anchor's,
             # −1000·σ, rise as the noise falls, and −1000·boundary itself is the noisy expert's.
             networks = networks[::-1]
             above = np.nextafter(np.float32(-1000 * student.boundary), np.float32(0))
             boundary = {"boundary_ratio": float(above) / 1000}
-    pipeline = WanPipeline(
+    pipeline: Any = WanPipeline(  # type: ignore[no-untyped-call]
         tokenizer=None,
         text_encoder=None,
         vae=None,
@@ -151,7 +153,9 @@ def save_pipeline(folder: str | Path, student: Any, scheduler: FewStepScheduler)
 
 def _networks(student: Any) -> list[Any]:
     """The diffusers networks, the noisy expert's first."""
-    parts = [student.high_noise, student.low_noise] if isinstance(student, Experts) else [student]
+    parts: list[Any] = [student]
+    if isinstance(student, Experts):
+        parts = [student.high_noise, student.low_noise]
     for part in parts:
         if not isinstance(part, WanAdapter):
             raise InvalidInputError(

@@ -223,7 +223,7 @@ def test_a_saved_slow_network_is_an_ordinary_one(parts: dict[str, Any], tmp_path
 
 
 def test_bad_input(tmp_path: Path) -> None:
-    with pytest.raises(InvalidInputError, match="sampler = 'heun': unknown choice. Use one of"):
+    with pytest.raises(InvalidInputError, match=r"sampler = 'heun': .* Use one of"):
         FewStepScheduler(sampler="heun")
     with pytest.raises(InvalidInputError, match="shift = 0: not positive"):
         FewStepScheduler(shift=0)
