@@ -115,7 +115,8 @@ def save_pipeline(folder: str | Path, student: Any, scheduler: FewStepScheduler)
 
     ``transformer/``, for experts also ``transformer_2/``, with safetensors and configuration, and
     ``scheduler/``. A student with slow time embeddings becomes an ordinary Wan network: the weights
-    of the sinusoids that it leaves out are zero.
+    of the sinusoids that it leaves out are zero. For the anchor, whose timesteps rise from −1000,
+    the experts change places.
 
     Args:
         folder: Made if it is not there.
@@ -132,8 +133,8 @@ def save_pipeline(folder: str | Path, student: Any, scheduler: FewStepScheduler)
     if isinstance(student, Experts):
         boundary = {"boundary_ratio": student.boundary}
         if scheduler.sampler == "anchor":
-            # The pipeline asks `transformer` at timesteps from the boundary up. The anchor's,
-            # −1000·σ, rise as the noise falls, and −1000·boundary itself is the noisy expert's.
+            # The pipeline asks `transformer` at timesteps from the boundary up, where the anchor's
+            # have little noise; −1000·boundary itself is the noisy expert's.
             networks = networks[::-1]
             above = np.nextafter(np.float32(-1000 * student.boundary), np.float32(0))
             boundary = {"boundary_ratio": float(above) / 1000}
