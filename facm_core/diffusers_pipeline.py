@@ -2,12 +2,14 @@
 
 ```python
 save_pipeline(folder, student, FewStepScheduler(shift=5.0))
+
+import facm_core.diffusers_pipeline  # or diffusers does not know the scheduler
+
 pipeline = WanPipeline.from_pretrained(folder, vae=vae, text_encoder=encoder, tokenizer=tokenizer)
 pipeline("a prompt", num_frames=1, num_inference_steps=4, guidance_scale=1.0)
 ```
 
 The pipeline's own default is a guidance scale of 5; a student has its guidance inside and wants 1.
-Where the folder is loaded, diffusers imports this module.
 """
 
 from __future__ import annotations
