@@ -41,10 +41,11 @@ def sample_consistency(
     steps: int,
     seeds: Sequence[int] | None = None,
     generator: Generator | None = None,
+    shift: float = 1.0,
 ) -> Tensor:
     """Multi-step consistency sampling (FACM, arXiv 2507.03738).
 
-    At t_i = i/n: x̂ = x + (1 − t_i)·F(x, t_i), then x = t_{i+1}·x̂ + (1 − t_{i+1})·ε.
+    At t_i = i/n, shifted: x̂ = x + (1 − t_i)·F(x, t_i), then x = t_{i+1}·x̂ + (1 − t_{i+1})·ε.
 
     Args:
         model: Student; one with a second time is told r = 1.
@@ -53,14 +54,14 @@ def sample_consistency(
         steps: n, the number of function evaluations.
         seeds: One seed a sample for ε; or
         generator: source of ε for the whole batch, on the noise's device.
+        shift: Time shift, as for `sample_euler`.
 
     Returns:
         Samples like `noise`.
     """
-    _require_steps(steps)
     x = noise.double()
-    for i in range(steps):
-        t = torch.full((len(x),), i / steps, dtype=noise.dtype, device=noise.device)
+    for i, (now, t_next) in enumerate(pairwise(time_grid(steps, shift).tolist())):
+        t = torch.full((len(x),), now, dtype=noise.dtype, device=noise.device)
         r = torch.ones_like(t) if model.second_time else None
         f = model(x.to(noise.dtype), t, condition, r).double()
         x = predict_data(x, t.double(), f)
@@ -71,7 +72,6 @@ def sample_consistency(
                 epsilon = torch.randn(
                     noise.shape, generator=generator, device=noise.device, dtype=noise.dtype
                 )
-            t_next = (i + 1) / steps
             x = t_next * x + (1 - t_next) * epsilon.double()
     return x.to(noise.dtype)
 
@@ -101,7 +101,7 @@ def sample_euler(
         Samples like `noise`.
     """
     field = _field(model, condition, guidance or GuidanceConfig(), noise.dtype, expanded)
-    times = _time_grid(steps, shift)
+    times = time_grid(steps, shift)
     x = noise.double()
     for t, t_next in pairwise(times):
         x = x + (t_next - t) * field(x, t)
@@ -123,7 +123,7 @@ def sample_heun(
     Arguments and result as for `sample_euler`.
     """
     field = _field(model, condition, guidance or GuidanceConfig(), noise.dtype, expanded)
-    times = _time_grid(steps, shift)
+    times = time_grid(steps, shift)
     x = noise.double()
     for t, t_next in pairwise(times):
         v = field(x, t)
@@ -157,13 +157,9 @@ def _field(
     return velocity
 
 
-def _time_grid(steps: int, shift: float) -> Tensor:
-    """(steps + 1,) float64 times from 0 to 1."""
-    _require_steps(steps)
+def time_grid(steps: int, shift: float) -> Tensor:
+    """(steps + 1,) float64 times from 0 to 1: t_i = i/n, shifted as `sample_euler` says."""
+    require(steps >= 1, "steps", steps, "below 1", "Use a whole number from 1")
     require(shift > 0, "shift", shift, "not positive", "Use 1 for an even grid")
     t = torch.linspace(0, 1, steps + 1, dtype=torch.float64)
     return shift * t / (1 + (shift - 1) * t)
-
-
-def _require_steps(steps: int) -> None:
-    require(steps >= 1, "steps", steps, "below 1", "Use a whole number from 1")

@@ -163,19 +163,19 @@ def test_one_consistency_step_is_the_flow_map() -> None:
     torch.testing.assert_close(x, mean_of(y) + S * x_0, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("shift", [1.0, 0.3])
 @pytest.mark.parametrize("steps", [2, 4])
-def test_consistency_steps_one_by_one(steps: int) -> None:
+def test_consistency_steps_one_by_one(steps: int, shift: float) -> None:
     """With known ε: to the data, back to t_i with new noise, and so on."""
     x_0, y = noise(4), labels(4)
     generator = torch.Generator().manual_seed(1)
     exact = mean_of(y) + S * x_0
     for i in range(1, steps):
-        t = i / steps
+        t = shift * i / (steps + (shift - 1) * i)
         epsilon = torch.randn(x_0.shape, generator=generator, dtype=torch.float64)
         exact = flow(t * exact + (1 - t) * epsilon, t, 1.0, mean_of(y))
-    got = sample_consistency(
-        Gaussian(average=True), x_0, y, steps=steps, generator=torch.Generator().manual_seed(1)
-    )
+    model, generator = Gaussian(average=True), generator.manual_seed(1)
+    got = sample_consistency(model, x_0, y, steps=steps, generator=generator, shift=shift)
     torch.testing.assert_close(got, exact, rtol=1e-12, atol=1e-12)
 
 
@@ -235,7 +235,7 @@ def test_no_gradients(sampler: Sampler) -> None:
         sampler(Gaussian(), x_0, labels(2), steps=0)
 
 
-@integrators
+@pytest.mark.parametrize("sampler", [sample_consistency, sample_euler, sample_heun])
 def test_bad_shift(sampler: Sampler) -> None:
     with pytest.raises(InvalidInputError, match="shift = 0"):
         sampler(Gaussian(), noise(1), labels(1), steps=2, shift=0.0)
