@@ -10,6 +10,7 @@ from fastapi import Request, Response
 from fastapi.responses import HTMLResponse
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markdown_it import MarkdownIt
+from markdown_it.rules_core import StateCore
 from markupsafe import Markup
 
 from facm_dashboards import runs, words
@@ -70,6 +71,17 @@ def address(path: str, **values: Any) -> str:
 # Without HTML of the author's own, and without pictures, which may lie anywhere.
 _READER = MarkdownIt("commonmark", {"html": False}).enable("table")
 _READER.add_render_rule("image", lambda *_: "")
+
+
+def _align_by_class(state: StateCore) -> None:
+    """Of a table's cells: a style in the text would be against the policy of our pages."""
+    for token in state.tokens:
+        style = str(token.attrs.pop("style", ""))
+        if style:
+            token.attrs["class"] = style.removeprefix("text-align:")
+
+
+_READER.core.ruler.push("align_by_class", _align_by_class)
 
 
 def _markdown(text: str) -> Markup:

@@ -38,7 +38,12 @@ class Gallery:
     def register(self, fid: float, error: float = 0.1, **tags: str) -> Version:
         """A version with that FID at one step, which makes its samples again."""
         folder = self.root / "made"
-        sha256 = save_artifact(folder, weights(), DESCRIPTION, f"# A card\n\n{HOSTILE}\n")
+        sha256 = save_artifact(
+            folder,
+            weights(),
+            DESCRIPTION,
+            f"# A card\n\n| steps | FID |\n| --- | ---: |\n| 1 | {fid} |\n\n{HOSTILE}\n",
+        )
         write_samples(folder, load_artifact(str(folder)))
         run = open_run(self.store, "evaluation", job="evaluate", config=TrackingConfig())
         run.log_artifact(folder, "model")
