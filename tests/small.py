@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -54,22 +53,22 @@ def write_digits(folder: Path, rows: int = 1797) -> LatentManifest:
 
 def artifact_config(manifest: LatentManifest, **changes: Any) -> ArtifactConfig:
     """Description of a teacher for the set of `manifest`."""
-    config = ArtifactConfig(
-        role="teacher",
-        architecture=changes.pop("architecture", ARCHITECTURE),
-        objective="flow_matching",
-        conditioning="expanded",
-        recommended_nfe=(1, 2),
-        normalisation_mean=manifest.mean,
-        normalisation_std=manifest.std,
-        autoencoder_id=manifest.autoencoder_id,
-        autoencoder_sha256=manifest.autoencoder_sha256,
-        latent_manifest_sha256=manifest.sha256,
-        images_seen=1000,
-        ema_sigma_rel=0.2,
-        config_hash="0" * 16,
-    )
-    return replace(config, **changes)
+    description: dict[str, Any] = {
+        "role": "teacher",
+        "architecture": ARCHITECTURE,
+        "objective": "flow_matching",
+        "conditioning": "expanded",
+        "recommended_nfe": (1, 2),
+        "normalisation_mean": manifest.mean,
+        "normalisation_std": manifest.std,
+        "autoencoder_id": manifest.autoencoder_id,
+        "autoencoder_sha256": manifest.autoencoder_sha256,
+        "latent_manifest_sha256": manifest.sha256,
+        "images_seen": 1000,
+        "ema_sigma_rel": 0.2,
+        "config_hash": "0" * 16,
+    }
+    return ArtifactConfig(**description | changes)
 
 
 def write_model(folder: Path, config: ArtifactConfig, *, seed: int = 0) -> str:
