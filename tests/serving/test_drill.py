@@ -29,7 +29,7 @@ from tests.small import ARCHITECTURE
 __all__ = ["run_job"]  # a fixture of the jobs' room
 
 TOKEN = "correct horse battery staple"
-REQUESTS = int(os.environ.get("DRILL_REQUESTS", "2000"))
+REQUESTS = int(os.environ.get("DRILL_REQUESTS", "5000"))
 
 
 @contextmanager
