@@ -19,8 +19,6 @@ from facm_core.models.time_scale import slow_time
 from facm_core.samplers import sample_consistency, sample_euler
 from tests.core.tiny import tiny
 
-pytest.importorskip("accelerate", reason="diffusers loads Wan with it")
-
 PROMPTS = ["a red cat", "blue"]
 LENGTH = 5
 WORDS = ["<pad>", "<unk>", "a", "red", "cat", "blue"]
