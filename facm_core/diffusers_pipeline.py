@@ -145,7 +145,7 @@ def save_pipeline(folder: str | Path, student: Any, scheduler: FewStepScheduler)
         text_encoder=None,
         vae=None,
         scheduler=scheduler,
-        **dict(zip(("transformer", "transformer_2"), networks, strict=False)),
+        **dict(zip(("transformer", "transformer_2")[: len(networks)], networks, strict=True)),
         **boundary,
     )
     pipeline.save_config(folder)
