@@ -23,6 +23,11 @@ from tests.faulty_s3 import FaultyS3, random_faults
 from tests.small import artifact_config, write_digits, write_model
 from tests.world import World, write_world
 
+# Ray Train asks the dashboard whether a run's controller lives, at the address a cluster would have
+# served it at; there another cluster's would answer that it knows of no such run, which ends it.
+# On port 1 nothing answers, which Ray takes for an outage.
+NO_DASHBOARD = {"include_dashboard": False, "dashboard_port": 1}
+
 
 class TrackingServer:
     """A real MLflow server on a SQLite file, on loopback, in a process of its own."""
@@ -176,7 +181,7 @@ def ray_cluster(object_store: None) -> Iterator[None]:
     ray.init(
         address="local",
         num_cpus=4,
-        include_dashboard=False,
+        **NO_DASHBOARD,
         logging_level="warning",
         runtime_env={"py_modules": packages},
     )

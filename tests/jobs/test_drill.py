@@ -23,6 +23,7 @@ from ray.cluster_utils import Cluster
 
 from facm_platform import storage
 from facm_platform.training.export import export
+from tests.conftest import NO_DASHBOARD
 from tests.faulty_s3 import FaultyS3
 from tests.jobs.conftest import last_line
 from tests.jobs.driver import Driver
@@ -65,9 +66,8 @@ class DrillSite:
         self.store = UploadsThatKill(os.environ["AWS_ENDPOINT_URL"])
         os.environ["AWS_ENDPOINT_URL"] = self.store.url
         self._inputs = [f"data.uri={data_uri}", f"teacher.uri={teacher_uri}"]
-        self.cluster = Cluster(
-            initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False}
-        )
+        head = {"num_cpus": 1} | NO_DASHBOARD
+        self.cluster = Cluster(initialize_head=True, head_node_args=head)
         self.add_node()
         self.drivers: list[Driver] = []
 

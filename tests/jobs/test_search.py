@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 from ray.cluster_utils import Cluster
 
 from facm_platform.search.report import gist
+from tests.conftest import NO_DASHBOARD
 from tests.jobs.conftest import last_line
 from tests.jobs.driver import Driver
 from tests.search.conftest import SPACE
@@ -49,9 +50,8 @@ class SearchSite:
             "stopping": {"kind": "none", "first_images": 32},
             "confirm": {"samples": 100, "seeds": [1, 2], "top": 1, "sigma_rels": [0.05, 0.2]},
         }
-        self.cluster = Cluster(
-            initialize_head=True, head_node_args={"num_cpus": 4, "include_dashboard": False}
-        )
+        head = {"num_cpus": 4} | NO_DASHBOARD
+        self.cluster = Cluster(initialize_head=True, head_node_args=head)
         self.drivers: list[Driver] = []
 
     def start(self, name: str, *options: str, **changes: Any) -> Driver:
