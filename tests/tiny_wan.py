@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from diffusers import WanTransformer3DModel
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from tokenizers.models import Unigram
+from tokenizers.pre_tokenizers import Metaspace
+from tokenizers.processors import TemplateProcessing
+from tokenizers.trainers import UnigramTrainer
 from torch import nn
+from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
 from facm_platform.latents import LatentManifest
 from facm_platform.latents.manifest import part_name
@@ -47,6 +54,37 @@ def write_texts(folder: Path, rows: int = 64) -> LatentManifest:
     null = torch.randn(TEXT, generator=generator)
     NullText(null, torch.tensor([1, 1, 0, 0, 0])).save(str(folder))
     return manifest
+
+
+def write_text_encoder(folder: Path, prompts: Sequence[str], *, seed: int = 0) -> None:
+    """A tiny random UMT5 with a tokenizer of the words of `prompts`, as in Wan's pipeline."""
+    words = Tokenizer(Unigram())
+    words.pre_tokenizer = Metaspace()
+    words.train_from_iterator(
+        prompts,
+        UnigramTrainer(
+            vocab_size=128,
+            special_tokens=["<pad>", "</s>", "<unk>"],
+            unk_token="<unk>",
+            show_progress=False,
+        ),
+    )
+    words.post_processor = TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
+    ).save_pretrained(folder / "tokenizer")
+    config = UMT5Config(
+        vocab_size=words.get_vocab_size(),
+        d_model=TEXT[1],
+        d_kv=6,
+        d_ff=16,
+        num_layers=2,
+        num_heads=2,
+        relative_attention_num_buckets=8,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        UMT5EncoderModel(config).save_pretrained(folder / "text_encoder")
 
 
 def wan(seed: int) -> WanTransformer3DModel:

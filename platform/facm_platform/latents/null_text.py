@@ -1,8 +1,12 @@
-"""The null prompt of a latent set with texts: ``null_text.safetensors`` beside its manifest."""
+"""How the prompts of a latent set were embedded: ``null_text.safetensors`` beside its manifest.
+
+The file holds the null prompt, and in its metadata the text encoder.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import json
 from dataclasses import dataclass
 
 import safetensors.torch
@@ -11,6 +15,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from facm_core.errors import InvalidInputError, require
+from facm_core.text_encoders import TextEncoder
 from facm_platform import storage
 from facm_platform.latents.manifest import LatentManifest
 from facm_platform.latents.tables import TEXT_EMBEDDING, TEXT_MASK
@@ -26,10 +31,21 @@ class NullText:
     Attributes:
         text_embedding: (L, D).
         text_mask: (L,), 1 on the prompt and 0 on padding.
+        encoder_id: Address of the text encoder; empty where it is not known, so that a model of
+            this set cannot be asked by prompt.
+        encoder_sha256: Hash of its files.
     """
 
     text_embedding: Tensor
     text_mask: Tensor
+    encoder_id: str = ""
+    encoder_sha256: str = ""
+
+    @staticmethod
+    def of(encoder: TextEncoder) -> NullText:
+        """The empty prompt, embedded."""
+        (embedding,), (mask,) = encoder.encode([""])
+        return NullText(embedding, mask, encoder.id, encoder.sha256)
 
     @staticmethod
     def load(uri: str, manifest: LatentManifest, field: str = "data.uri") -> NullText:
@@ -41,7 +57,7 @@ class NullText:
         """
         file = storage.join(uri, NULL_TEXT)
         try:
-            tensors = safetensors.torch.load(storage.read_bytes(file))
+            tensors, metadata = _read(storage.read_bytes(file))
         except FileNotFoundError:
             problem = f"the set has no null prompt: there is no {NULL_TEXT}"
             raise InvalidInputError(field, uri, problem, _REMEDY) from None
@@ -51,7 +67,7 @@ class NullText:
         tokens = manifest.text_shape[:1]
         expected = {TEXT_EMBEDDING: tuple(manifest.text_shape), TEXT_MASK: tokens}
         require(shapes == expected, field, file, f"it holds {shapes}, not {expected}", _REMEDY)
-        null = NullText(tensors[TEXT_EMBEDDING].float(), tensors[TEXT_MASK].float())
+        null = NullText(tensors[TEXT_EMBEDDING].float(), tensors[TEXT_MASK].float(), **metadata)
         finite = bool(null.text_embedding.isfinite().all())
         require(finite, field, file, f"{TEXT_EMBEDDING} is not finite", _REMEDY)
         flags = bool(((null.text_mask == 0) | (null.text_mask == 1)).all())
@@ -68,9 +84,16 @@ class NullText:
         return hashlib.sha256(self._content()).hexdigest()
 
     def _content(self) -> bytes:
-        return safetensors.torch.save(
-            {
-                TEXT_EMBEDDING: self.text_embedding.float().contiguous(),
-                TEXT_MASK: self.text_mask.to(torch.uint8),
-            }
-        )
+        tensors = {
+            TEXT_EMBEDDING: self.text_embedding.float().contiguous(),
+            TEXT_MASK: self.text_mask.to(torch.uint8),
+        }
+        encoder = {"encoder_id": self.encoder_id, "encoder_sha256": self.encoder_sha256}
+        return safetensors.torch.save(tensors, encoder if self.encoder_id else None)
+
+
+def _read(content: bytes) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a safetensors file."""
+    tensors = safetensors.torch.load(content)
+    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    return tensors, header.get("__metadata__", {})

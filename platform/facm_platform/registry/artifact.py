@@ -61,6 +61,9 @@ class ArtifactConfig:
         normalisation_std: Per channel.
         autoencoder_id: What decodes a latent.
         autoencoder_sha256: Hash of its weights.
+        text_encoder_id: Address of what embeds its prompts; empty for a model with classes, and
+            where it is not known.
+        text_encoder_sha256: Hash of its files.
         latent_manifest_sha256: Hash of the latent set it was trained on.
         teacher_sha256: Hash of the teacher's weights; None for a model trained from scratch.
         images_seen: Length of its training.
@@ -81,6 +84,8 @@ class ArtifactConfig:
     normalisation_std: tuple[float, ...]
     autoencoder_id: str
     autoencoder_sha256: str
+    text_encoder_id: str = ""
+    text_encoder_sha256: str = ""
     latent_manifest_sha256: str
     teacher_sha256: str | None = None
     images_seen: int

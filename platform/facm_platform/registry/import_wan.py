@@ -108,8 +108,8 @@ class ImportWanPlan:
     def _weights(self) -> dict[str, Tensor]:
         weights = {name: file.get_tensor(key) for name, file, key in _stored(self.parts)}
         for prefix in self.parts:
-            null = {name: value.clone() for name, value in vars(self.null).items()}
-            weights |= {f"{prefix}null_{name}": value for name, value in null.items()}
+            weights[f"{prefix}null_text_embedding"] = self.null.text_embedding.clone()
+            weights[f"{prefix}null_text_mask"] = self.null.text_mask.clone()
         return weights
 
     def _artifact(self) -> ArtifactConfig:
@@ -127,6 +127,8 @@ class ImportWanPlan:
             normalisation_std=manifest.std,
             autoencoder_id=manifest.autoencoder_id,
             autoencoder_sha256=manifest.autoencoder_sha256,
+            text_encoder_id=self.null.encoder_id,
+            text_encoder_sha256=self.null.encoder_sha256,
             latent_manifest_sha256=manifest.sha256,
             images_seen=0,
             ema_sigma_rel=0.0,
