@@ -57,6 +57,7 @@ class ArtifactConfig:
         guidance_low: Start of the guidance interval.
         guidance_high: End of the guidance interval.
         recommended_nfe: Step counts it is meant for.
+        shift: Time shift it is meant to be sampled with, see `facm_core.samplers`.
         normalisation_mean: Per channel, of the latents; a sample x is x · std + mean.
         normalisation_std: Per channel.
         autoencoder_id: What decodes a latent.
@@ -80,6 +81,7 @@ class ArtifactConfig:
     guidance_low: float = 0.0
     guidance_high: float = 1.0
     recommended_nfe: tuple[int, ...]
+    shift: float = 1.0
     normalisation_mean: tuple[float, ...]
     normalisation_std: tuple[float, ...]
     autoencoder_id: str
@@ -117,6 +119,7 @@ class ArtifactConfig:
             "not step counts",
             "Name at least one, each from 1",
         )
+        require(self.shift > 0, "shift", self.shift, "not positive", "Use 1 for even steps")
         channels = self.architecture.in_channels
         for name in ("normalisation_mean", "normalisation_std"):
             value = getattr(self, name)

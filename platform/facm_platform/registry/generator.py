@@ -32,9 +32,14 @@ def latent_sampler(artifact: Artifact, device: torch.device, dtype: torch.dtype)
         else:
             condition = {name: value.to(device) for name, value in condition.items()}
         if config.role == "student":
-            x = sample_consistency(model, noise, condition, steps=steps, seeds=seeds)
+            x = sample_consistency(
+                model, noise, condition, steps=steps, seeds=seeds, shift=config.shift
+            )
         else:
-            x = sample_euler(model, noise, condition, steps=steps, guidance=config.guidance)
+            guidance = config.guidance
+            x = sample_euler(
+                model, noise, condition, steps=steps, guidance=guidance, shift=config.shift
+            )
         return x * std + mean
 
     return sample
