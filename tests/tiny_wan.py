@@ -11,10 +11,10 @@ import torch
 from diffusers import WanTransformer3DModel
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
-from tokenizers.models import Unigram
-from tokenizers.pre_tokenizers import Metaspace
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
 from tokenizers.processors import TemplateProcessing
-from tokenizers.trainers import UnigramTrainer
+from tokenizers.trainers import WordLevelTrainer
 from torch import nn
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
@@ -58,17 +58,10 @@ def write_texts(folder: Path, rows: int = 64) -> LatentManifest:
 
 def write_text_encoder(folder: Path, prompts: Sequence[str], *, seed: int = 0) -> None:
     """A tiny random UMT5 with a tokenizer of the words of `prompts`, as in Wan's pipeline."""
-    words = Tokenizer(Unigram())
-    words.pre_tokenizer = Metaspace()
-    words.train_from_iterator(
-        prompts,
-        UnigramTrainer(
-            vocab_size=128,
-            special_tokens=["<pad>", "</s>", "<unk>"],
-            unk_token="<unk>",
-            show_progress=False,
-        ),
-    )
+    words = Tokenizer(WordLevel(unk_token="<unk>"))
+    words.pre_tokenizer = WhitespaceSplit()
+    special = ["<pad>", "</s>", "<unk>"]
+    words.train_from_iterator(prompts, WordLevelTrainer(special_tokens=special))
     words.post_processor = TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
     PreTrainedTokenizerFast(
         tokenizer_object=words, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
