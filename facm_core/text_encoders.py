@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -54,6 +55,41 @@ class TextEncoder(Protocol):
 
     def to(self, device: torch.device | str, dtype: torch.dtype) -> TextEncoder:
         """The same encoder on `device`, computing in `dtype`; this one stays as it is."""
+
+
+class WordTextEncoder:
+    """A fixed random vector for each word, for trials: it knows every word, and needs no files.
+
+    Args:
+        tokens: L; one row is for the end of the text.
+    """
+
+    id = "words"
+    sha256 = hashlib.sha256(b"words").hexdigest()
+    _FEATURES = 32
+
+    def __init__(self, tokens: int) -> None:
+        self.text_shape = (tokens, self._FEATURES)
+
+    def encode(self, prompts: Sequence[str]) -> EmbeddedText:
+        """Split at white space, cut or pad to L rows."""
+        embedding = torch.zeros(len(prompts), *self.text_shape)
+        mask = torch.zeros(len(prompts), self.text_shape[0])
+        for row, prompt in enumerate(prompts):
+            words = [*prompt.split(), ""][: self.text_shape[0]]
+            embedding[row, : len(words)] = torch.stack([self._vector(word) for word in words])
+            mask[row, : len(words)] = 1
+        return EmbeddedText(embedding, mask)
+
+    def to(self, device: torch.device | str, dtype: torch.dtype) -> WordTextEncoder:
+        """Itself: it computes nothing."""
+        return self
+
+    def _vector(self, word: str) -> Tensor:
+        """Standard normal, by the word alone."""
+        seed = np.frombuffer(hashlib.sha256(word.encode()).digest(), np.uint32)
+        values = np.random.default_rng(seed).standard_normal(self._FEATURES)
+        return torch.from_numpy(values.astype(np.float32))
 
 
 class UMT5TextEncoder:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from diffusers import WanPipeline
@@ -12,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, UMT5EncoderModel
 
 from facm_core.errors import InvalidInputError
-from facm_core.text_encoders import UMT5TextEncoder, load_text_encoder
+from facm_core.text_encoders import UMT5TextEncoder, WordTextEncoder, load_text_encoder
 from tests.tiny_wan import TEXT, write_text_encoder
 
 PROMPTS = ["a handwritten seven", "", "two  &amp;amp; three\n", "a handwritten " * 19, "unknown: Ω"]
@@ -64,6 +66,25 @@ def test_the_hash_is_that_of_tokenizer_and_weights(folder: Path) -> None:
     words = folder / "tokenizer" / "tokenizer.json"
     words.write_text(words.read_text() + "\n")
     assert len({before, changed, load(folder).sha256}) == 3
+
+
+def test_words_have_vectors_of_their_own() -> None:
+    encoder = WordTextEncoder(4)
+    got = encoder.encode(["seven", "a  seven", "", "one two three four five"])
+    assert got.text_embedding.shape == (4, *encoder.text_shape) == (4, 4, 32)
+    assert got.text_mask.sum(1).tolist() == [2, 3, 1, 4]
+    assert torch.equal(got.text_embedding != 0, (got.text_mask[..., None] != 0).expand(-1, -1, 32))
+    seven, end = got.text_embedding[0, :2]
+    assert torch.equal(got.text_embedding[1, 1:3], torch.stack([seven, end]))
+    assert torch.equal(got.text_embedding[2, 0], end)
+    # NumPy's own stream of the hash of "seven".
+    words = np.frombuffer(hashlib.sha256(b"seven").digest(), np.uint32)
+    torch.testing.assert_close(
+        seven, torch.tensor(np.random.default_rng(words).standard_normal(32)).float()
+    )
+    many = encoder.encode([str(number) for number in range(1000)]).text_embedding[:, 0]
+    assert abs(many.mean()) < 0.02
+    assert abs(many.std() - 1) < 0.02
 
 
 def test_what_is_no_text_encoder_is_refused(folder: Path) -> None:

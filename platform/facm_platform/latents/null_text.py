@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
 
 from facm_core.errors import InvalidInputError, require
 from facm_core.text_encoders import TextEncoder
@@ -77,6 +77,14 @@ class NullText:
     def save(self, uri: str) -> None:
         """Write it beside the manifest of the set at `uri`."""
         storage.write_bytes(storage.join(uri, NULL_TEXT), self._content())
+
+    @torch.no_grad()
+    def put_into(self, network: nn.Module) -> None:
+        """Make it the null prompt of a network that reads texts, or of each of its experts."""
+        for name, buffer in network.named_buffers():
+            for entry in (TEXT_EMBEDDING, TEXT_MASK):
+                if f".{name}".endswith(f".null_{entry}"):
+                    buffer.copy_(getattr(self, entry))
 
     @property
     def sha256(self) -> str:

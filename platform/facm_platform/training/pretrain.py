@@ -6,11 +6,12 @@ from dataclasses import dataclass, field
 
 from facm_core.errors import InvalidInputError, require
 from facm_core.guidance import GuidanceConfig
-from facm_core.models import LightningDiTConfig
+from facm_core.models import Architecture, LightningDiTConfig, WanConfig
 from facm_core.objectives import FlowMatchingConfig
 from facm_platform.config import JobResult, config_hash
 from facm_platform.config.sections import DataConfig, RunConfig
 from facm_platform.latents import LatentManifest
+from facm_platform.latents.null_text import NullText
 from facm_platform.registry import ArtifactConfig
 from facm_platform.training.config import TrainConfig, WorkersConfig
 from facm_platform.training.run import (
@@ -57,13 +58,53 @@ class NetworkConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class WanNetworkConfig:
+    """Size of a teacher that reads texts; the latent set decides about the rest of `WanConfig`.
+
+    Attributes:
+        patch_size: Side of a patch, in latent cells.
+        num_layers: Number of blocks.
+        num_attention_heads: Attention heads.
+        attention_head_dim: Channels of each, an even number from 6.
+        ffn_dim: Width of a block's MLP.
+        freq_dim: Width of the sinusoidal time features.
+    """
+
+    patch_size: int
+    num_layers: int
+    num_attention_heads: int
+    attention_head_dim: int
+    ffn_dim: int
+    freq_dim: int = 256
+
+    def on(self, manifest: LatentManifest) -> WanConfig:
+        """The architecture for the latents and the texts of a set."""
+        channels, height, width = manifest.latent_shape
+        tokens, features = manifest.text_shape
+        return WanConfig(
+            height=height,
+            width=width,
+            in_channels=channels,
+            text_tokens=tokens,
+            text_dim=features,
+            patch_size=(1, self.patch_size, self.patch_size),
+            num_layers=self.num_layers,
+            num_attention_heads=self.num_attention_heads,
+            attention_head_dim=self.attention_head_dim,
+            ffn_dim=self.ffn_dim,
+            freq_dim=self.freq_dim,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class PretrainConfig:
     """Recipe of jobs/pretrain.py.
 
     Attributes:
         run: Name and place of the run.
         data: Latent set.
-        network: Size of the teacher.
+        network: Size of a LightningDiT, for a set with labels; or
+        wan: size of a Wan, for a set with texts.
         objective: Flow matching.
         sampling: Guidance with which the teacher is meant to be sampled and distilled.
         train: Optimisation.
@@ -72,7 +113,8 @@ class PretrainConfig:
 
     run: RunConfig
     data: DataConfig
-    network: NetworkConfig
+    network: NetworkConfig | None = None
+    wan: WanNetworkConfig | None = None
     objective: FlowMatchingConfig = field(default_factory=FlowMatchingConfig)
     sampling: GuidanceConfig = field(default_factory=GuidanceConfig)
     train: TrainConfig
@@ -87,7 +129,8 @@ class PretrainPlan:
     folder_uri: str
     data_uri: str
     manifest: LatentManifest
-    architecture: LightningDiTConfig
+    architecture: Architecture
+    null: NullText | None
 
     def describe(self) -> str:
         """What would be trained, on what."""
@@ -113,7 +156,7 @@ class PretrainPlan:
 
     def task(self, tracking_uri: str, run_id: str) -> TrainingTask:
         """The worker's view of it."""
-        config, manifest = self.config, self.manifest
+        config, manifest, null = self.config, self.manifest, self.null
         artifact = ArtifactConfig(
             role="teacher",
             architecture=self.architecture,
@@ -127,6 +170,8 @@ class PretrainPlan:
             normalisation_std=manifest.std,
             autoencoder_id=manifest.autoencoder_id,
             autoencoder_sha256=manifest.autoencoder_sha256,
+            text_encoder_id=null.encoder_id if null else "",
+            text_encoder_sha256=null.encoder_sha256 if null else "",
             latent_manifest_sha256=manifest.sha256,
             teacher_sha256=None,
             images_seen=config.train.total_images,
@@ -150,23 +195,37 @@ def prepare(config: PretrainConfig) -> PretrainPlan:
     """Validate a pre-training without touching a cluster.
 
     Raises:
-        InvalidInputError: see `check_run`, `check_batch`, `open_data`; or a network that
-            does not fit the latents.
+        InvalidInputError: see `check_run`, `check_batch`, `open_data`, `NullText.load`; or a
+            network that does not fit the latents, or reads something else.
     """
     check_batch(config.train, config.workers)
     data_uri, manifest = open_data(config.data)
-    _, height, width = manifest.latent_shape
-    for holds, problem in (
-        (height == width, f"latents {manifest.latent_shape} are not square"),
-        (manifest.num_classes > 0, "rows are conditioned on texts, and a LightningDiT on labels"),
-    ):
-        require(holds, "data.uri", config.data.uri, problem, "Use another latent set")
-    try:
-        architecture = config.network.on(manifest)
-    except InvalidInputError as error:
-        raise error.inside("network") from None
+    architecture = _architecture(config, manifest)
+    null = NullText.load(data_uri, manifest) if manifest.text_shape else None
     folder_uri = check_run(config.run, config, lineage(manifest))
-    return PretrainPlan(config, folder_uri, data_uri, manifest, architecture)
+    return PretrainPlan(config, folder_uri, data_uri, manifest, architecture, null)
+
+
+def _architecture(config: PretrainConfig, manifest: LatentManifest) -> Architecture:
+    """The network that is asked for, which must be one for this set."""
+    given, texts = config.wan or config.network, bool(manifest.text_shape)
+    wanted, read = ("wan", "texts") if texts else ("network", "labels")
+    other = "network" if texts else "wan"
+    for name, holds, problem in (
+        (wanted, getattr(config, wanted) is not None, f"the rows of data.uri have {read}"),
+        (other, getattr(config, other) is None, f"it does not read {read}, which data.uri has"),
+    ):
+        value = getattr(config, name)
+        require(holds, name, value, problem, f"Give {wanted}, the size of a network, and no other")
+    _, height, width = manifest.latent_shape
+    square = f"latents {manifest.latent_shape} are not square"
+    remedy = "Use another latent set"
+    require(texts or height == width, "data.uri", config.data.uri, square, remedy)
+    assert given is not None
+    try:
+        return given.on(manifest)
+    except InvalidInputError as error:
+        raise error.inside(wanted) from None
 
 
 def lineage(manifest: LatentManifest) -> dict[str, str]:
