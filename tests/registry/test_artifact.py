@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from facm_core.errors import InvalidInputError
 from facm_core.guidance import GuidanceConfig
 from facm_core.models import LightningDiT, LightningDiTConfig
-from facm_platform.registry import ArtifactConfig, load_artifact, save_artifact
-from facm_platform.registry.artifact import CARD, CONFIG, WEIGHTS
+from facm_platform.registry import ArtifactConfig, load_artifact, read_artifact, save_artifact
+from facm_platform.registry.artifact import CARD, CONFIG, WEIGHTS, write_artifact
 
 ARCHITECTURE = LightningDiTConfig(
     input_size=4,
@@ -71,6 +71,7 @@ def test_round_trip(folder: Path) -> None:
     assert artifact.config.guidance == GuidanceConfig(scale=1.75, low=0.125)
     assert artifact.config.latent_shape == (2, 4, 4)
     assert artifact.sha256 == json.loads((folder / CONFIG).read_text())["weights_sha256"]
+    assert read_artifact(str(folder)) == artifact.info
     assert (folder / CARD).read_text() == "# Card\n"
     assert not artifact.model.training
     for name, tensor in weights().items():
@@ -108,8 +109,9 @@ def test_a_flipped_bit_is_noticed(folder: Path, position: int) -> None:
     content = bytearray((folder / WEIGHTS).read_bytes())
     content[position] ^= 1
     (folder / WEIGHTS).write_bytes(content)
-    with pytest.raises(InvalidInputError, match="damaged"):
-        load_artifact(str(folder))
+    for read in (load_artifact, read_artifact):
+        with pytest.raises(InvalidInputError, match="damaged"):
+            read(str(folder))
 
 
 def test_every_wrong_tensor_is_listed(folder: Path) -> None:
@@ -127,6 +129,9 @@ def test_every_wrong_tensor_is_listed(folder: Path) -> None:
     with pytest.raises(InvalidInputError) as caught:
         load_artifact(str(folder))
     problem = caught.value.problem
+    with pytest.raises(InvalidInputError) as again:
+        read_artifact(str(folder))
+    assert str(again.value) == str(caught.value)
     for finding in (
         "missing t_embedder.mlp.0.bias",
         "unexpected more",
@@ -136,7 +141,11 @@ def test_every_wrong_tensor_is_listed(folder: Path) -> None:
     ):
         assert finding in problem
     with pytest.raises(InvalidInputError, match="unexpected more"):
-        save_artifact(folder, weights() | {"more": torch.zeros(1)}, DESCRIPTION)
+        save_artifact(folder / "new", weights() | {"more": torch.zeros(1)}, DESCRIPTION)
+    twice = [*weights().items(), ("x_embedder.proj.bias", torch.zeros(8))]
+    with pytest.raises(InvalidInputError, match=r"architecture: x_embedder\.proj\.bias twice"):
+        write_artifact(folder / "new", twice, DESCRIPTION)
+    assert not list((folder / "new").iterdir()), "nothing is left of what was refused"
 
 
 @pytest.mark.parametrize(

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
 import gc
-import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +20,7 @@ from facm_core.models.adapters import DiffusersAdapter
 from facm_core.models.experts import Experts
 from facm_platform.training.loading import Source, load_shards, parameters_on_meta
 from facm_platform.training.parallel import Sharding, local, local_rows
+from tests.anonymous import Peak, anonymous_bytes, return_freed_memory
 from tests.core.ranks import be_a_rank
 
 CPU = torch.device("cpu")
@@ -137,38 +135,6 @@ def memory(case: dict[str, Any]) -> dict[str, Any]:
         "shard": sum(p.untyped_storage().nbytes() for p in parameters),
         "tensor": max(4 * parameter.numel() for parameter in model.parameters()),
     }
-
-
-class Peak:
-    """The largest `anonymous_bytes` of every millisecond."""
-
-    def __enter__(self) -> Peak:
-        self.bytes, self._done = 0, threading.Event()
-        self._thread = threading.Thread(target=self._watch)
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._done.set()
-        self._thread.join()
-        self.bytes = max(self.bytes, anonymous_bytes())
-
-    def _watch(self) -> None:
-        while not self._done.is_set():
-            self.bytes = max(self.bytes, anonymous_bytes())
-            time.sleep(0.001)
-
-
-def return_freed_memory() -> None:
-    """To the machine, and at once: the C library would keep more the more it has seen freed."""
-    m_mmap_threshold = -3
-    ctypes.CDLL(None).mallopt(m_mmap_threshold, 2**16)
-
-
-def anonymous_bytes() -> int:
-    """Of this process's memory, what is no file's: pages of a mapped file can be dropped."""
-    status = Path("/proc/self/status").read_text()
-    return 1024 * int(status.split("RssAnon:")[1].split()[0])
 
 
 if __name__ == "__main__":

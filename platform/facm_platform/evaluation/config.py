@@ -12,7 +12,7 @@ from facm_platform.evaluation.extractors import FITTED, KINDS
 from facm_platform.evaluation.protocol import LABEL_POLICIES, PUBLISHED
 from facm_platform.evaluation.real import image_shape
 from facm_platform.latents import LatentManifest
-from facm_platform.registry import Artifact
+from facm_platform.registry import ArtifactInfo
 from facm_platform.registry.versions import check_model_name
 
 
@@ -81,8 +81,8 @@ def check_together(
     config: EvaluateConfig,
     manifest: LatentManifest,
     features: Extractor,
-    student: Artifact,
-    teacher: Artifact | None,
+    student: ArtifactInfo,
+    teacher: ArtifactInfo | None,
 ) -> None:
     """Raise `InvalidInputError` unless these inputs belong together."""
     _check_student(config, manifest, student)
@@ -111,7 +111,7 @@ def check_measure(
     features.check("features_uri", image_shape(manifest), manifest)
 
 
-def _check_student(config: EvaluateConfig, manifest: LatentManifest, student: Artifact) -> None:
+def _check_student(config: EvaluateConfig, manifest: LatentManifest, student: ArtifactInfo) -> None:
     _check_model("student_uri", config.student_uri, "student", student, manifest)
     require(
         student.config.latent_manifest_sha256 == manifest.sha256,
@@ -124,7 +124,7 @@ def _check_student(config: EvaluateConfig, manifest: LatentManifest, student: Ar
 
 
 def _check_teacher(
-    config: EvaluateConfig, manifest: LatentManifest, student: Artifact, teacher: Artifact
+    config: EvaluateConfig, manifest: LatentManifest, student: ArtifactInfo, teacher: ArtifactInfo
 ) -> None:
     assert config.teacher_uri is not None
     _check_model("teacher_uri", config.teacher_uri, "teacher", teacher, manifest)
@@ -139,7 +139,7 @@ def _check_teacher(
 
 
 def _check_model(
-    field: str, uri: str, role: str, artifact: Artifact, manifest: LatentManifest
+    field: str, uri: str, role: str, artifact: ArtifactInfo, manifest: LatentManifest
 ) -> None:
     config = artifact.config
     same_set = "Use the latent set of its training"

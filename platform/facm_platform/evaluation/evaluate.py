@@ -26,7 +26,7 @@ from facm_platform.evaluation.report import (
 )
 from facm_platform.evaluation.sheet import Group, draw_sheet
 from facm_platform.latents import LatentManifest
-from facm_platform.registry import Artifact, load_artifact
+from facm_platform.registry import ArtifactInfo, load_artifact, read_artifact
 from facm_platform.registry.artifact import CARD, CONFIG, OBJECTIVES, WEIGHTS
 from facm_platform.registry.pyfunc import pyfunc_files
 from facm_platform.registry.reproduction import write_samples
@@ -55,15 +55,15 @@ _Shown = dict[str, dict[int, Shown]]
 
 @dataclass(frozen=True)
 class EvaluatePlan:
-    """A validated `EvaluateConfig` with what it names, loaded."""
+    """A validated `EvaluateConfig` with what it names."""
 
     config: EvaluateConfig
     folder_uri: str
     manifest: LatentManifest
     features: Extractor
     reference: ReferenceFile
-    student: Artifact
-    teacher: Artifact | None
+    student: ArtifactInfo
+    teacher: ArtifactInfo | None
 
     @property
     def protocol(self) -> Protocol:
@@ -159,7 +159,7 @@ class EvaluatePlan:
         with Engine(workload, self.features, self.config.actors, kept_uri) as engine:
             reference = engine.reference(self.reference)
             for model, artifact, steps in todo:
-                parts = engine.samples(artifact.info, steps)
+                parts = engine.samples(artifact, steps)
                 found = score(parts, reference)
                 scores.setdefault(model, {})[steps] = found
                 images = {key: image for part in parts for key, image in part.shown.items()}
@@ -205,7 +205,7 @@ class EvaluatePlan:
             for name in (WEIGHTS, CONFIG, CARD, SHEET):
                 run.log_artifact(folder / name, _MODEL_FOLDER)
         with pyfunc_files(self.student.config) as folder:
-            write_samples(folder, self.student)
+            write_samples(folder, load_artifact(self.student.uri, "student_uri"))
             run.log_artifact(folder, _MODEL_FOLDER)
         tags = self._lineage() | {
             name: repr(value)
@@ -231,7 +231,7 @@ class EvaluatePlan:
 
 
 def prepare(config: EvaluateConfig) -> EvaluatePlan:
-    """Load and check everything an evaluation needs, without touching a cluster.
+    """Check everything an evaluation needs, without touching a cluster.
 
     Raises:
         InvalidInputError: something missing or damaged, inputs that do not belong together,
@@ -243,10 +243,10 @@ def prepare(config: EvaluateConfig) -> EvaluatePlan:
     check_store(config.run.tracking, embedded_root(config.run.storage_uri))
     manifest = LatentManifest.load(config.data.uri)
     features = load_extractor(config.extractor, config.features_uri)
-    student = load_artifact(config.student_uri, "student_uri")
+    student = read_artifact(config.student_uri, "student_uri")
     teacher = None
     if config.teacher_uri is not None:
-        teacher = load_artifact(config.teacher_uri, "teacher_uri")
+        teacher = read_artifact(config.teacher_uri, "teacher_uri")
     check_together(config, manifest, features, student, teacher)
     folder_uri = join(storage_uri, config.run.name)
     kept_uri = join(folder_uri, reference_name(features, manifest))

@@ -5,7 +5,17 @@ from facm_platform.registry.artifact import (
     ArtifactConfig,
     ArtifactInfo,
     load_artifact,
+    open_artifact,
+    read_artifact,
     save_artifact,
 )
 
-__all__ = ["Artifact", "ArtifactConfig", "ArtifactInfo", "load_artifact", "save_artifact"]
+__all__ = [
+    "Artifact",
+    "ArtifactConfig",
+    "ArtifactInfo",
+    "load_artifact",
+    "open_artifact",
+    "read_artifact",
+    "save_artifact",
+]

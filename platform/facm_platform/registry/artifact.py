@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from facm_core.errors import InvalidInputError, require, require_one_of
@@ -27,6 +28,7 @@ from facm_core.models import (
     WanConfig,
     build_network,
 )
+from facm_platform.registry.weights import WeightsWriter
 from facm_platform.storage import absolute, file_sha256, node_copy, output_file
 
 SCHEMA_VERSION = 1
@@ -200,11 +202,22 @@ class Artifact(ArtifactInfo):
 def save_artifact(
     folder: Path, state_dict: Mapping[str, Tensor], config: ArtifactConfig, readme: str = ""
 ) -> str:
+    """`write_artifact` of whole tensors, under the names of the model's own state dict."""
+    return write_artifact(folder, state_dict.items(), config, readme)
+
+
+def write_artifact(
+    folder: Path,
+    tensors: Iterable[tuple[str, Tensor]],
+    config: ArtifactConfig,
+    readme: str = "",
+) -> str:
     """Write an artefact into the local `folder`; ``config.json``, which completes it, comes last.
 
     Args:
         folder: Created when missing.
-        state_dict: Whole tensors, under the names of the model's own state dict.
+        tensors: Names of the model's own state dict and whole tensors, in any order. Each is
+            written before the next one is asked for.
         config: What the model is.
         readme: Model card, Markdown.
 
@@ -214,16 +227,25 @@ def save_artifact(
     Raises:
         InvalidInputError: the tensors are not those of the architecture, or not finite.
     """
-    tensors = {name: t.detach().float().cpu().contiguous() for name, t in state_dict.items()}
-    _check_tensors(tensors, config.architecture, "state_dict", str(folder))
-    folder.mkdir(parents=True, exist_ok=True)
-    with output_file(str(folder / WEIGHTS)) as file:
-        safetensors.torch.save_file(tensors, file)
+    expected = _expected(config.architecture)
+    findings, found = [], set[str]()
+    with output_file(str(folder / WEIGHTS)) as path:
+        with path.open("wb") as file:
+            writer = WeightsWriter(file, {name: tuple(t.shape) for name, t in expected.items()})
+            for name, tensor in tensors:
+                given = tensor.detach().to("cpu", torch.float32)
+                finding = f"{name} twice" if name in found else _finding(name, given, expected)
+                found.add(name)
+                if finding:
+                    findings.append(finding)
+                else:
+                    writer.write(name, given)
+        _require_all(expected, found, findings, "state_dict", str(folder))
     sha256 = file_sha256(folder / WEIGHTS)
     (folder / CARD).write_text(readme)
-    with output_file(str(folder / CONFIG)) as file:
+    with output_file(str(folder / CONFIG)) as file_of_config:
         values = {**config.to_json(), "weights_sha256": sha256}
-        file.write_text(json.dumps(values, indent=2) + "\n")
+        file_of_config.write_text(json.dumps(values, indent=2) + "\n")
     return sha256
 
 
@@ -235,51 +257,102 @@ def load_artifact(uri: str, field: str = "teacher.uri") -> Artifact:
         field: Configuration field that named it, for messages.
 
     Raises:
-        InvalidInputError: nothing there, not an artefact, a damaged file, or tensors that are not
-            those of the architecture (all of them listed).
+        InvalidInputError: see `open_artifact`.
     """
-    address = absolute(uri, field)
-    try:
-        with node_copy(address) as folder:
-            config, recorded = _read_config(folder / CONFIG, field, uri)
-            if not (folder / WEIGHTS).is_file():
-                raise _not_an_artifact(field, uri, f"{WEIGHTS} is missing")
-            sha256 = file_sha256(folder / WEIGHTS)
-            require(
-                sha256 == recorded,
-                field,
-                uri,
-                f"{WEIGHTS} is damaged: its sha256 is {sha256}, {CONFIG} says {recorded}",
-                "Restore the file from where it was copied, or train again",
-            )
-            tensors = _read_tensors(folder / WEIGHTS, field, uri)
-    except (FileNotFoundError, NotADirectoryError):
-        raise _not_an_artifact(field, uri, "there is no such folder") from None
-    _check_tensors(tensors, config.architecture, field, uri)
+    with open_artifact(uri, field) as (folder, info):
+        tensors = safetensors.torch.load_file(folder / WEIGHTS)
     # Made without storage, so that loading draws nothing from the global random generator.
     with torch.device("meta"):
-        model = build_network(config.architecture)
+        model = build_network(info.config.architecture)
     model.load_state_dict(tensors, strict=True, assign=True)
     model.eval().requires_grad_(False)
-    return Artifact(uri=address, model=model, config=config, sha256=sha256)
+    return Artifact(uri=info.uri, model=model, config=info.config, sha256=info.sha256)
 
 
-def _check_tensors(
-    tensors: Mapping[str, Tensor], architecture: Architecture, field: str, value: str
-) -> None:
+def read_artifact(uri: str, field: str = "teacher.uri") -> ArtifactInfo:
+    """`load_artifact` without the model: as strict, with one tensor in memory at a time."""
+    with open_artifact(uri, field) as (_, info):
+        return info
+
+
+@contextmanager
+def open_artifact(
+    uri: str, field: str = "teacher.uri", *, verify: bool = True
+) -> Iterator[tuple[Path, ArtifactInfo]]:
+    """An artefact's folder on this machine, and what it is.
+
+    Args:
+        uri: Its folder or ``s3://`` prefix.
+        field: Configuration field that named it, for messages.
+        verify: Whether every byte of the weights is looked at; another process of this machine may
+            have done so.
+
+    Raises:
+        InvalidInputError: nothing there, not an artefact, a damaged file, or tensors that are not
+            those of the architecture, or not finite (all of them listed).
+    """
+    address = absolute(uri, field)
+    with ExitStack() as stack:
+        try:
+            folder = stack.enter_context(node_copy(address))
+            config, sha256 = _read_config(folder / CONFIG, field, uri)
+        except (FileNotFoundError, NotADirectoryError):
+            raise _not_an_artifact(field, uri, "there is no such folder") from None
+        if not (folder / WEIGHTS).is_file():
+            raise _not_an_artifact(field, uri, f"{WEIGHTS} is missing")
+        if verify:
+            _verify(folder / WEIGHTS, sha256, config.architecture, field, uri)
+        yield folder, ArtifactInfo(uri=address, config=config, sha256=sha256)
+
+
+def _verify(file: Path, recorded: str, architecture: Architecture, field: str, uri: str) -> None:
+    sha256 = file_sha256(file)
+    require(
+        sha256 == recorded,
+        field,
+        uri,
+        f"{WEIGHTS} is damaged: its sha256 is {sha256}, {CONFIG} says {recorded}",
+        "Restore the file from where it was copied, or train again",
+    )
+    expected = _expected(architecture)
+    try:
+        with safe_open(file, framework="pt") as opened:
+            names = list(opened.keys())
+            found = (_finding(name, opened.get_tensor(name), expected) for name in names)
+            findings = [finding for finding in found if finding]
+    except SafetensorError as error:
+        raise _not_an_artifact(field, uri, f"{WEIGHTS} cannot be read ({error})") from error
+    _require_all(expected, names, findings, field, uri)
+
+
+def _expected(architecture: Architecture) -> dict[str, Tensor]:
+    """The state dict, without storage."""
     with torch.device("meta"):
-        expected = build_network(architecture).state_dict()
-    findings = [f"missing {name}" for name in expected if name not in tensors]
-    findings += [f"unexpected {name}" for name in tensors if name not in expected]
-    for name in expected:
-        if name not in tensors:
-            continue
-        got, wanted = tensors[name], expected[name]
-        if got.shape != wanted.shape or got.dtype != wanted.dtype:
-            shapes = f"{tuple(got.shape)} {got.dtype}, not {tuple(wanted.shape)} {wanted.dtype}"
-            findings.append(f"{name} is {shapes}")
-        elif not bool(torch.isfinite(got).all()):
-            findings.append(f"{name} has values that are not finite")
+        return build_network(architecture).state_dict()
+
+
+def _finding(name: str, got: Tensor, expected: Mapping[str, Tensor]) -> str | None:
+    """What is wrong with a tensor."""
+    if name not in expected:
+        return f"unexpected {name}"
+    wanted = expected[name]
+    if got.shape != wanted.shape or got.dtype != wanted.dtype:
+        shapes = f"{tuple(got.shape)} {got.dtype}, not {tuple(wanted.shape)} {wanted.dtype}"
+        return f"{name} is {shapes}"
+    # No tensor of truth values, and it lets a value through that is not finite.
+    if got.numel() and not all(bool(extreme.isfinite()) for extreme in got.aminmax()):
+        return f"{name} has values that are not finite"
+    return None
+
+
+def _require_all(
+    expected: Mapping[str, Tensor],
+    found: Collection[str],
+    findings: list[str],
+    field: str,
+    value: str,
+) -> None:
+    findings = [f"missing {name}" for name in expected if name not in found] + findings
     problem = "the tensors are not those of the architecture: " + "; ".join(findings)
     require(
         not findings, field, value, problem, "Use the weights and config of one and the same run"
@@ -301,13 +374,6 @@ def _read_config(file: Path, field: str, uri: str) -> tuple[ArtifactConfig, str]
         raise InvalidInputError(field, uri, f"in its {CONFIG}: {error}", error.remedy) from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise _not_an_artifact(field, uri, f"{CONFIG} cannot be read ({error})") from error
-
-
-def _read_tensors(file: Path, field: str, uri: str) -> dict[str, Tensor]:
-    try:
-        return safetensors.torch.load_file(file)
-    except SafetensorError as error:
-        raise _not_an_artifact(field, uri, f"{WEIGHTS} cannot be read ({error})") from error
 
 
 def _not_an_artifact(field: str, uri: str, problem: str) -> InvalidInputError:

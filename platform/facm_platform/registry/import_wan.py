@@ -22,7 +22,7 @@ from facm_platform.config import JobResult, config_hash
 from facm_platform.config.sections import DataConfig, RunConfig
 from facm_platform.latents import LatentManifest
 from facm_platform.latents.null_text import NullText
-from facm_platform.registry.artifact import ArtifactConfig, save_artifact
+from facm_platform.registry.artifact import ArtifactConfig, write_artifact
 from facm_platform.tracking import (
     check_run_name,
     check_store,
@@ -94,7 +94,7 @@ class ImportWanPlan:
             open_run(store, run.name, job=JOB, config=config, tags=made_from) as tracked,
             tempfile.TemporaryDirectory() as folder,
         ):
-            sha256 = save_artifact(Path(folder), self._weights(), self._artifact())
+            sha256 = write_artifact(Path(folder), self._weights(), self._artifact())
             storage.upload_folder(Path(folder), self.output_uri)
             # By which those that are made from it name it.
             tracked.set_tags({"model_sha256": sha256})
@@ -105,12 +105,13 @@ class ImportWanPlan:
             metrics={"networks": float(self.architecture.networks)},
         )
 
-    def _weights(self) -> dict[str, Tensor]:
-        weights = {name: file.get_tensor(key) for name, file, key in _stored(self.parts)}
+    def _weights(self) -> Iterator[tuple[str, Tensor]]:
+        """One after the other: together they may be larger than this machine's memory."""
+        for name, file, key in _stored(self.parts):
+            yield name, file.get_tensor(key)
         for prefix in self.parts:
-            weights[f"{prefix}null_text_embedding"] = self.null.text_embedding.clone()
-            weights[f"{prefix}null_text_mask"] = self.null.text_mask.clone()
-        return weights
+            yield f"{prefix}null_text_embedding", self.null.text_embedding
+            yield f"{prefix}null_text_mask", self.null.text_mask
 
     def _artifact(self) -> ArtifactConfig:
         config, manifest = self.config, self.manifest

@@ -13,7 +13,7 @@ from mlflow.tracking import MlflowClient
 
 from facm_core.errors import InvalidInputError, require
 from facm_platform.config import JobResult, Refused
-from facm_platform.registry.artifact import load_artifact
+from facm_platform.registry.artifact import read_artifact
 from facm_platform.registry.promotions import Promotion, Promotions
 from facm_platform.registry.reproduction import reproduces
 from facm_platform.registry.versions import (
@@ -272,7 +272,7 @@ def _artefact(version: Version, tracking_uri: str) -> Iterator[str]:
     """What speaks against its artefact: it must be the one that was evaluated, and work."""
     try:
         with downloaded(version, tracking_uri) as folder:
-            sha256 = load_artifact(str(folder), "source").sha256
+            sha256 = read_artifact(str(folder), "source").sha256
             objection = reproduces(folder)
     except InvalidInputError as error:
         yield f"its artefact is broken: {error.problem}"

@@ -15,7 +15,7 @@ from facm_platform.evaluation.config import check_measure
 from facm_platform.evaluation.extractors import load_extractor
 from facm_platform.evaluation.reference import find_reference
 from facm_platform.latents import LatentManifest
-from facm_platform.registry import ArtifactInfo, load_artifact
+from facm_platform.registry import ArtifactInfo, read_artifact
 from facm_platform.training.config import TrainConfig, ValidationConfig, WorkersConfig
 from facm_platform.training.ray_context import MakeContext, RayContext
 from facm_platform.training.run import (
@@ -261,11 +261,11 @@ def prepare(config: DistillConfig) -> DistillPlan:
     """Validate a distillation without touching a cluster.
 
     Raises:
-        InvalidInputError: see `check_run`, `check_fit`, `open_data`, `load_artifact`;
+        InvalidInputError: see `check_run`, `check_fit`, `open_data`, `read_artifact`;
             or teacher, data and conditioning that do not belong together.
     """
     data_uri, manifest = open_data(config.data)
-    teacher = load_artifact(config.teacher.uri, "teacher.uri").info
+    teacher = read_artifact(config.teacher.uri, "teacher.uri")
     check_fit(config, teacher, manifest)
     folder_uri = check_run(config.run, config, lineage(manifest, teacher))
     validation = _checked(config.validation, manifest)

@@ -19,7 +19,7 @@ once (`local_rows`); what is not sharded, the buffers, is read by every rank.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
@@ -45,11 +45,11 @@ class Source:
     Attributes:
         folder: On this machine (of an object store's, `node_copy` makes one). In it lie one
             ``.safetensors`` file, or those that one ``.safetensors.index.json`` names.
-        rename: From a tensor's name there to its name in the model.
+        rename: From a tensor's name there to its name in the model; None for one that is not read.
     """
 
     folder: Path
-    rename: Callable[[str], str] = str
+    rename: Callable[[str], str | None] = str
 
 
 class _Stored(NamedTuple):
@@ -66,21 +66,63 @@ def parameters_on_meta() -> Iterator[None]:
     is initialised: a parameter loses its storage before its module fills it.
     """
 
-    def without_storage(_: nn.Module, __: str, parameter: nn.Parameter) -> nn.Parameter:
-        if parameter.is_meta:  # and perhaps another module's, too
-            return parameter
-        return nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
+    with _parameters_become(_on_meta):
+        yield
 
+
+def initial_values(build: Callable[[], nn.Module], names: Collection[str]) -> dict[str, Tensor]:
+    """Of the parameters `names` of ``build()``: what they are when all the others are drawn too.
+
+    The others share the memory of the largest. `build` must make its parameters, in float32, in the
+    same order each time.
+    """
+    made: list[nn.Parameter] = []
+
+    def noted(parameter: nn.Parameter) -> nn.Parameter:
+        made.append(_on_meta(parameter))
+        return made[-1]
+
+    with torch.random.fork_rng(devices=[]), _parameters_become(noted):
+        wanted = {id(p) for name, p in build().named_parameters() if name in names}
+    scratch, turn = torch.empty(max(p.numel() for p in made)), iter(made)
+
+    def with_storage(parameter: nn.Parameter) -> nn.Parameter:
+        if id(next(turn)) in wanted:
+            return parameter
+        return _with_data(parameter, scratch[: parameter.numel()].view(parameter.shape))
+
+    with _parameters_become(with_storage):
+        model = build()
+    return {name: p.detach() for name, p in model.named_parameters() if name in names}
+
+
+@contextmanager
+def _parameters_become(change: Callable[[nn.Parameter], nn.Parameter]) -> Iterator[None]:
+    """Whenever a module gets a parameter, before it is filled."""
     # Its annotation leaves out that the hook may give another parameter.
-    hook = register_module_parameter_registration_hook(cast(Any, without_storage))
+    hook = register_module_parameter_registration_hook(cast(Any, lambda _, __, p: change(p)))
     try:
         yield
     finally:
         hook.remove()
 
 
+def _on_meta(parameter: nn.Parameter) -> nn.Parameter:
+    if parameter.is_meta:  # and perhaps another module's, too
+        return parameter
+    return _with_data(parameter, parameter.detach().to("meta"))
+
+
+def _with_data(parameter: nn.Parameter, data: Tensor) -> nn.Parameter:
+    return nn.Parameter(data, requires_grad=parameter.requires_grad)
+
+
 def load_shards(
-    model: nn.Module, device: torch.device, *sources: Source, group: Group = None
+    model: nn.Module,
+    device: torch.device,
+    *sources: Source,
+    others: Mapping[str, Tensor] | None = None,
+    group: Group = None,
 ) -> None:
     """Fill `model`, which `Sharding.apply` has sharded, from `sources`. A collective.
 
@@ -88,11 +130,14 @@ def load_shards(
     and every buffer on the meta device, and nothing that is not in the model's state dict; another
     buffer keeps its value where they do not hold it.
 
+    `others`: values of parameters that the sources need not hold, the same on every rank.
+
     Raises:
         InvalidInputError: the same on every rank, before anything is changed; a file is missing or
             cannot be read, or tensors are missing, unexpected or of another shape: all are listed.
     """
-    stored = agreed(lambda: _checked(model, sources), group)
+    others = others or {}
+    stored = agreed(lambda: _checked(model, sources, others), group)
     if any(tensor.is_meta for tensor in model.state_dict().values()):
         model._apply(lambda t: torch.empty_like(t, device=device) if t.is_meta else t)
     targets = model.state_dict()
@@ -104,9 +149,13 @@ def load_shards(
                     local(target).copy_(opened.get_slice(found.name)[local_rows(target)])
                 else:
                     target.copy_(opened.get_tensor(found.name))
+    for name, value in others.items():
+        local(targets[name]).copy_(value[local_rows(targets[name])])
 
 
-def _checked(model: nn.Module, sources: tuple[Source, ...]) -> dict[str, _Stored]:
+def _checked(
+    model: nn.Module, sources: tuple[Source, ...], others: Collection[str]
+) -> dict[str, _Stored]:
     """Where each tensor of the model lies, file by file."""
     expected: dict[str, Tensor] = model.state_dict()
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
@@ -123,7 +172,7 @@ def _checked(model: nn.Module, sources: tuple[Source, ...]) -> dict[str, _Stored
     findings += [
         f"missing {name}"
         for name, tensor in (dict(model.named_buffers()) | expected).items()
-        if name not in stored and (name in parameters or tensor.is_meta)
+        if name not in stored and name not in others and (name in parameters or tensor.is_meta)
     ]
     require(
         not findings,
@@ -142,8 +191,10 @@ def _contents(sources: tuple[Source, ...]) -> Iterator[tuple[str, _Stored]]:
             try:
                 with safe_open(file, framework="pt") as opened:
                     for name in opened.keys():  # noqa: SIM118  (it is no dict)
-                        shape = tuple(opened.get_slice(name).get_shape())
-                        yield source.rename(name), _Stored(file, name, shape)
+                        renamed = source.rename(name)
+                        if renamed is not None:
+                            shape = tuple(opened.get_slice(name).get_shape())
+                            yield renamed, _Stored(file, name, shape)
             except SafetensorError as error:
                 raise _unusable(file, f"cannot be read ({error})") from error
 

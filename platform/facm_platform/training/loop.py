@@ -17,11 +17,10 @@ from torch.nn.utils import clip_grad_norm_
 
 from facm_core.ema import PowerEMA
 from facm_core.errors import InvalidInputError
-from facm_core.models import Network, build_network
 from facm_core.objectives import FACM, Draws, Objective
 from facm_platform.latents import Batch
 from facm_platform.latents.stream import dealt_to
-from facm_platform.registry import load_artifact, save_artifact
+from facm_platform.registry import save_artifact
 from facm_platform.storage import join, local_copy, upload_folder, write_bytes
 from facm_platform.tracking import MetricSender
 from facm_platform.training.checkpoint import StagedState, TrainState
@@ -32,6 +31,7 @@ from facm_platform.training.health import (
     peak_memory,
     update_to_weight,
 )
+from facm_platform.training.networks import networks
 from facm_platform.training.parallel import (
     Sharding,
     differing_replicas,
@@ -40,7 +40,7 @@ from facm_platform.training.parallel import (
     whole,
 )
 from facm_platform.training.progress import Clock, MetricWindow, Notices, progress_line
-from facm_platform.training.task import SAME, Hopeless, TrainingTask
+from facm_platform.training.task import Hopeless, TrainingTask
 
 
 def train(task: TrainingTask, context: WorkerContext) -> dict[str, float]:
@@ -80,7 +80,7 @@ class _Trainer:
             offload=self.settings.offload,
             compile=self.settings.compile,
         )
-        student, self.teacher = self._networks()
+        student, self.teacher = networks(task, context, self._sharding)
         trained = nn.ModuleDict({"student": student})
         if isinstance(self.objective, nn.Module):
             self._sharding.apply_to_parts(self.objective, context.device)
@@ -238,21 +238,6 @@ class _Trainer:
             )
         self.state.rollbacks = rollbacks
         self._say(f"{self.task.job}: rolled back ({rollbacks} of {settings.max_rollbacks})")
-
-    def _networks(self) -> tuple[Network, Network | None]:
-        """Student and teacher, sharded. A distilled student starts from the teacher's weights."""
-        task, settings = self.task, self.settings
-        sharding, device = self._sharding, self.context.device
-        torch.manual_seed(settings.seed)
-        student, teacher = build_network(task.artifact.architecture), None
-        if task.teacher_uri is not None:
-            teacher = load_artifact(task.teacher_uri).model
-            start = teacher if task.student == SAME else teacher.get_submodule(task.student)
-            # A second time embedding, which the teacher has not, adds nothing at first.
-            student.load_state_dict({**student.state_dict(), **start.state_dict()})
-            replicas = 1 if settings.shard_teacher else self.context.world_size
-            teacher = replace(sharding, replicas=replicas).apply(teacher, device)
-        return sharding.apply(student, device), teacher
 
     def _step(self, batch: Batch, draws: Draws, window: MetricWindow) -> tuple[bool, Notices]:
         """One optimizer step.

@@ -1,0 +1,73 @@
+"""The networks of a run, sharded; no rank ever holds a whole one of a teacher's size."""
+
+from __future__ import annotations
+
+import socket
+import uuid
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import replace
+
+import torch
+import torch.distributed as dist
+
+from facm_core.models import Network, build_network
+from facm_platform.registry import open_artifact
+from facm_platform.training.context import WorkerContext
+from facm_platform.training.loading import (
+    Source,
+    initial_values,
+    load_shards,
+    parameters_on_meta,
+)
+from facm_platform.training.parallel import Sharding, agreed
+from facm_platform.training.task import SAME, TrainingTask
+
+
+def networks(
+    task: TrainingTask, context: WorkerContext, sharding: Sharding
+) -> tuple[Network, Network | None]:
+    """Student and teacher. A collective.
+
+    A distilled student starts with the teacher's weights, or with those of one of its experts. Of
+    the artefact's file each rank reads its shards; it is verified by one rank of each machine.
+
+    Raises:
+        InvalidInputError: the same on every rank; see `open_artifact`.
+    """
+    settings, device = task.train, context.device
+    architecture = task.artifact.architecture
+    torch.manual_seed(settings.seed)
+    if task.teacher_uri is None:
+        return sharding.apply(build_network(architecture), device), None
+    verify = _first_of_machine()
+    with ExitStack() as stack:
+        artifact = open_artifact(task.teacher_uri, verify=verify)
+        folder, info = agreed(lambda: stack.enter_context(artifact))
+        with parameters_on_meta():
+            teacher = build_network(info.config.architecture).eval().requires_grad_(False)
+            student = build_network(architecture)
+        start = teacher if task.student == SAME else teacher.get_submodule(task.student)
+        # A second time embedding, which the teacher has not, adds nothing at first.
+        lacking = student.state_dict().keys() - start.state_dict().keys()
+        others = initial_values(lambda: build_network(architecture), lacking) if lacking else {}
+        replicas = 1 if settings.shard_teacher else context.world_size
+        teacher = replace(sharding, replicas=replicas).apply(teacher, device)
+        student, home = sharding.apply(student, device), sharding.home(device)
+        load_shards(teacher, home, Source(folder))
+        prefix = "" if task.student == SAME else f"{task.student}."
+        load_shards(student, home, Source(folder, _below(prefix)), others=others)
+    return student, teacher
+
+
+def _below(prefix: str) -> Callable[[str], str | None]:
+    """Names without the prefix; None for those that have it not."""
+    return lambda name: name.removeprefix(prefix) if name.startswith(prefix) else None
+
+
+def _first_of_machine() -> bool:
+    """Whether this rank is the lowest of its machine. A collective."""
+    mine = (socket.gethostname(), uuid.getnode())
+    machines = [mine] * dist.get_world_size()
+    dist.all_gather_object(machines, mine)
+    return machines.index(mine) == dist.get_rank()
