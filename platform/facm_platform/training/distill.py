@@ -9,12 +9,14 @@ from typing import Any, cast
 from facm_core.errors import InvalidInputError, require, require_one_of
 from facm_core.models import Architecture, WanConfig
 from facm_core.objectives import FACMConfig, MeanFlowConfig, SCMConfig
+from facm_platform import storage
 from facm_platform.config import JobResult, config_hash, revised
 from facm_platform.config.sections import DataConfig, RunConfig
 from facm_platform.evaluation.config import check_measure
 from facm_platform.evaluation.extractors import load_extractor
 from facm_platform.evaluation.reference import find_reference
 from facm_platform.latents import LatentManifest
+from facm_platform.latents.null_text import NullText
 from facm_platform.registry import ArtifactInfo, read_artifact
 from facm_platform.training.config import TrainConfig, ValidationConfig, WorkersConfig
 from facm_platform.training.ray_context import MakeContext, RayContext
@@ -314,6 +316,7 @@ def check_fit(config: DistillConfig, teacher: ArtifactInfo, manifest: LatentMani
         f"the teacher has {_read(architecture)}, data.uri {_read(manifest)}",
         "Use the latent set the teacher was trained on",
     )
+    _check_text_encoder(config, teacher, manifest)
     # Another normalisation is the costliest silent error there is: FID above 130.
     require(
         (teacher.config.normalisation_mean, teacher.config.normalisation_std)
@@ -343,6 +346,24 @@ def check_fit(config: DistillConfig, teacher: ArtifactInfo, manifest: LatentMani
         uri,
         f"a Wan reads one time, and {config.section} with this conditioning needs two",
         "Use objective.conditioning=expanded, or scm",
+    )
+
+
+def _check_text_encoder(
+    config: DistillConfig, teacher: ArtifactInfo, manifest: LatentManifest
+) -> None:
+    """Prompts must mean to the teacher what they meant when it was trained, if that is known."""
+    if not manifest.text_shape:
+        return
+    null = NullText.load(storage.absolute(config.data.uri, "data.uri"), manifest)
+    known, ours = teacher.config.text_encoder_sha256, null.encoder_sha256
+    require(
+        not (known and ours) or known == ours,
+        "data.uri",
+        config.data.uri,
+        f"its prompts were embedded by {null.encoder_id} ({ours[:12]}…), those of the teacher by "
+        f"{teacher.config.text_encoder_id} ({known[:12]}…)",
+        "Embed them with the teacher's text encoder",
     )
 
 

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from facm_core.models import Network, build_network
+from facm_platform.latents.null_text import NullText
 from facm_platform.registry import open_artifact
 from facm_platform.training.context import WorkerContext
 from facm_platform.training.loading import (
@@ -29,8 +30,9 @@ def networks(
 ) -> tuple[Network, Network | None]:
     """Student and teacher. A collective.
 
-    A distilled student starts with the teacher's weights, or with those of one of its experts. Of
-    the artefact's file each rank reads its shards; it is verified by one rank of each machine.
+    A teacher has the null prompt of its latent set. A distilled student starts with the teacher's
+    weights, or with those of one of its experts. Of the artefact's file each rank reads its
+    shards; it is verified by one rank of each machine.
 
     Raises:
         InvalidInputError: the same on every rank; see `open_artifact`.
@@ -39,7 +41,10 @@ def networks(
     architecture = task.artifact.architecture
     torch.manual_seed(settings.seed)
     if task.teacher_uri is None:
-        return sharding.apply(build_network(architecture), device), None
+        student = build_network(architecture)
+        if architecture.text_shape:
+            NullText.load(task.stream.uri, task.stream.manifest).put_into(student)
+        return sharding.apply(student, device), None
     verify = _first_of_machine()
     with ExitStack() as stack:
         artifact = open_artifact(task.teacher_uri, verify=verify)
