@@ -256,6 +256,11 @@ def test_the_memory_of_adapters(planned: Callable[..., DistillPlan]) -> None:
     assert found.optimizer == found.averages == adapters
     without = worker_memory(ARCHITECTURE, settings, 2, teachers=1)
     assert found.unsharded < without.unsharded
-    mib = found.optimizer / 2**20
-    told = planned("lora.rank=4", "workers.max=2").describe()
-    assert f"optimizer {mib:,.0f}, averages {mib:,.0f}, " in told
+
+    plan = planned("lora.rank=9999", "workers.max=2")
+    large = worker_memory(
+        ARCHITECTURE, plan.config.train, 2, teachers=1, lora=LoraConfig(rank=9999)
+    )
+    assert large.optimizer > 10 * 2**20
+    told = ", ".join(f"{name} {size / 2**20:,.0f}" for name, size in large.rows())
+    assert told in plan.describe()

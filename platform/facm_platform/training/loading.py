@@ -73,8 +73,8 @@ def parameters_on_meta() -> Iterator[None]:
 def initial_values(build: Callable[[], nn.Module], names: Collection[str]) -> dict[str, Tensor]:
     """Of the parameters `names` of ``build()``: what they are when all the others are drawn too.
 
-    The others share the memory of the largest; without any name, nothing is drawn. `build` must make its parameters, in float32, in the
-    same order each time.
+    The others share the memory of the largest. `build` must make its parameters, in float32, in the
+    same order each time; without `names`, it is not called.
     """
     if not names:
         return {}

@@ -5,10 +5,14 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
+import torch
+from torch import nn
+
 from facm_core.errors import InvalidInputError
 from facm_core.memory import MemoryConfig, MemoryPlan, plan, preset_of
 from facm_core.models import Architecture
 from facm_platform.training.config import LoraConfig, TrainConfig
+from facm_platform.training.loading import parameters_on_meta
 from facm_platform.training.lora import add_adapters
 
 
@@ -31,7 +35,7 @@ def worker_memory(
     """
     preset = preset_of(architecture)
     if lora is not None:
-        preset = replace(preset, adapt=lambda one: add_adapters(one, lora, architecture))
+        preset = replace(preset, adapt=lambda one: _add_adapters(one, lora, architecture))
     share = math.ceil(train.global_batch_size / workers)
     return plan(
         preset,
@@ -45,6 +49,16 @@ def worker_memory(
             jvp=teachers > 0,
         ),
     )
+
+
+def _add_adapters(network: nn.Module, lora: LoraConfig, architecture: Architecture) -> None:
+    """To a network of fake tensors, which peft cannot move to the device where they belong."""
+    with parameters_on_meta():
+        add_adapters(network, lora, architecture)
+    for module in network.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if parameter.requires_grad:
+                setattr(module, name, nn.Parameter(torch.empty(parameter.shape)))
 
 
 def out_of_memory(
