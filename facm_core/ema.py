@@ -36,7 +36,7 @@ def decay(sigma_rel: float, images_seen: int, images_step: int) -> float:
 
 
 class PowerEMA:
-    """Averages of a model's parameters, one per σ_rel.
+    """Averages of a model's parameters, one per σ_rel; of those that are trained.
 
     Every tensor keeps the layout of its parameter, so under FSDP2 each rank averages its own
     shards and nothing is communicated.
@@ -51,7 +51,9 @@ class PowerEMA:
         self.sigma_rels = tuple(dict.fromkeys(sigma_rels))  # one twice would be updated twice
         self.profiles: dict[str, dict[str, Tensor]] = {
             str(sigma_rel): {
-                name: parameter.detach().clone() for name, parameter in model.named_parameters()
+                name: parameter.detach().clone()
+                for name, parameter in model.named_parameters()
+                if parameter.requires_grad
             }
             for sigma_rel in sigma_rels
         }

@@ -121,11 +121,13 @@ class Preset:
         build: Makes the network.
         example: Makes data.
         networks: The student is so many of them, which share the rows.
+        adapt: Makes of one such network what the student has and its teachers have not.
     """
 
     build: Callable[[], Any]
     example: Example
     networks: int = 1
+    adapt: Callable[[Any], object] = lambda _: None
 
 
 def preset_of(architecture: Architecture) -> Preset:
@@ -150,11 +152,14 @@ def plan(preset: Preset, config: MemoryConfig) -> MemoryPlan:
     """Memory of a FACM run.
 
     Args:
-        preset: The student, and teachers of that size.
+        preset: The student, and teachers like it.
         config: The run.
     """
     with FakeTensorMode():
-        model = cast_parameters(preset.build(), DTYPES[config.dtype])
+        model = preset.build()
+        teacher = sum(p.numel() for p in model.parameters())
+        preset.adapt(model)
+        model = cast_parameters(model, DTYPES[config.dtype])
         peak = _step_peak(model, preset.example, config)
     unsharded = 0
     if config.gpus > 1:
@@ -169,7 +174,7 @@ def plan(preset: Preset, config: MemoryConfig) -> MemoryPlan:
         parameters=preset.networks * shard,
         optimizer=2 * preset.networks * trained_shard,
         averages=config.averages * preset.networks * trained_shard,
-        teachers=config.teachers * shard,
+        teachers=config.teachers * (FLOAT32 * teacher // config.gpus),
         gradients=preset.networks * trained_shard,
         unsharded=unsharded,
         activations=max(0, peak - trained_shard),
@@ -179,8 +184,10 @@ def plan(preset: Preset, config: MemoryConfig) -> MemoryPlan:
 def _unsharded(model: Any, itemsize: int, networks: int) -> int:
     """Bytes of parameters and gradients in one piece; see `MemoryPlan`."""
     blocks = [sum(p.numel() for p in block.parameters()) for block in model.blocks]
+    trained = [sum(p.numel() for p in b.parameters() if p.requires_grad) for b in model.blocks]
     rest = sum(p.numel() for p in model.parameters()) - sum(blocks)
-    return max(blocks) * (4 * itemsize + FLOAT32) + networks * rest * itemsize
+    largest = max(blocks) * 3 * itemsize + max(trained) * (itemsize + FLOAT32)
+    return largest + networks * rest * itemsize
 
 
 def _step_peak(model: Any, example: Example, config: MemoryConfig) -> int:

@@ -7,8 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 
 from facm_core.ema import PowerEMA
@@ -96,6 +98,13 @@ def plain_distillation(task: TrainingTask) -> dict[str, torch.Tensor]:
     student = build_network(task.artifact.architecture)
     start = teacher if task.student == "same" else getattr(teacher, task.student)
     student.load_state_dict(start.state_dict(), strict=False)
+    if task.lora is not None:
+        torch.manual_seed(TRAIN.seed)
+        targets = list(task.lora.targets or ())
+        config = peft.LoraConfig(
+            r=task.lora.rank, lora_alpha=task.lora.alpha, target_modules=targets
+        )
+        peft.inject_adapter_in_model(config, student)
     objective: Any = task.build_objective()
     parameters = [p for p in student.parameters() if p.requires_grad]
     parameters += objective.parameters() if isinstance(objective, SCM) else []
@@ -119,4 +128,12 @@ def plain_distillation(task: TrainingTask) -> dict[str, torch.Tensor]:
         adamw.param_groups[0]["lr"] = TRAIN.learning_rate * min(1.0, seen / TRAIN.warmup_images)
         adamw.step()
         ema.update(student, images_seen=seen, images_step=rows)
-    return ema.profiles["0.2"]
+    if task.lora is None:
+        return ema.profiles["0.2"]
+    for name, average in ema.profiles["0.2"].items():
+        student.get_parameter(name).data.copy_(average)
+    for module in list(student.modules()):
+        if isinstance(module, LoraLayer):
+            module.merge()
+    merged = {n.replace(".base_layer.", "."): t for n, t in student.state_dict().items()}
+    return {name: tensor for name, tensor in merged.items() if ".lora_" not in name}

@@ -17,8 +17,9 @@ from facm_core.models import build_network
 from facm_core.objectives import FACMConfig
 from facm_platform.latents import LatentManifest, LatentStream
 from facm_platform.registry import artifact, load_artifact, open_artifact
-from facm_platform.training.config import TrainConfig
+from facm_platform.training.config import LoraConfig, TrainConfig
 from facm_platform.training.context import LocalContext
+from facm_platform.training.lora import add_adapters
 from facm_platform.training.networks import networks
 from facm_platform.training.parallel import Sharding, local
 from facm_platform.training.task import TrainingTask
@@ -39,7 +40,7 @@ def values(case: dict[str, Any]) -> dict[str, Any]:
         "verified": verified.call_count,
         "got": [tensors(model) for model in got],
         "expected": [tensors(model) for model in make_whole(case)],
-        "trained": [[p.requires_grad for p in model.parameters()] for model in got],
+        "trained": [[n for n, p in m.named_parameters() if p.requires_grad] for m in got],
         "training": [model.training for model in got],
     }
 
@@ -86,6 +87,9 @@ def make_whole(case: dict[str, Any]) -> tuple[Any, Any]:
     student, teacher = build_network(task.artifact.architecture), load_artifact(case["uri"]).model
     start = teacher if task.student == "same" else teacher.get_submodule(task.student)
     student.load_state_dict({**student.state_dict(), **start.state_dict()})
+    if task.lora is not None:
+        torch.manual_seed(task.train.seed)
+        add_adapters(student, task.lora, task.artifact.architecture)
     replicas = 1 if task.train.shard_teacher else dist.get_world_size()
     device = torch.device("cpu")
     teacher = Sharding(replicas=replicas).apply(teacher, device)
@@ -107,6 +111,7 @@ def task_of(case: dict[str, Any]) -> TrainingTask:
         train=TrainConfig(images=8, seed=3, **case["train"]),
         teacher_uri=case["uri"],
         student=case["student"],
+        lora=LoraConfig(**case["lora"]) if case["lora"] else None,
         artifact=replace(config, architecture=architecture, conditioning=conditioning),
         tracking_uri="",
         run_id=None,

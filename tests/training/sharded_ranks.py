@@ -11,7 +11,7 @@ from torch.distributed.tensor import distribute_tensor
 
 from facm_core.ema import PowerEMA
 from facm_core.models import LightningDiT, LightningDiTConfig
-from facm_platform.training.parallel import Sharding, differing_replicas, gather
+from facm_platform.training.parallel import Sharding, differing_replicas, whole
 from tests.core.ranks import be_a_rank
 
 
@@ -29,7 +29,10 @@ def averages(model: Any, case: dict[str, Any]) -> dict[str, Any]:
     for number, weights in enumerate(case["steps"], start=1):
         _take(model, weights)
         ema.update(model, images_seen=8 * number, images_step=8)
-    return {sigma_rel: gather(profile) for sigma_rel, profile in ema.profiles.items()}
+    return {
+        sigma_rel: {name: whole(average) for name, average in profile.items()}
+        for sigma_rel, profile in ema.profiles.items()
+    }
 
 
 def replicas(model: Any, case: dict[str, Any]) -> dict[str, Any]:

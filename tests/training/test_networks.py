@@ -45,14 +45,20 @@ LARGER = replace(EXPERTS, num_layers=4, num_attention_heads=4, attention_head_di
 DIT = replace(ARCHITECTURE, input_size=4, in_channels=4, patch_size=2)
 LARGER_DIT = replace(DIT, hidden_size=512, depth=4)
 
+# Ends of names: tables and null prompts.
+NOT_TRAINED = ("pos_embed", "freqs_cos", "freqs_sin", "null_text_embedding", "null_text_mask")
+
 CASES: dict[str, dict[str, Any]] = {
     "same": {"teacher": "wan"},
     "one expert": {"teacher": "wan", "student": "low_noise"},
     "auxiliary": {"teacher": "dit", "auxiliary": True},
+    # Of rank 1, so that the second worker's shards of A are empty.
+    "adapters": {"teacher": "wan", "lora": {"rank": 1}},
+    "adapted expert": {"teacher": "wan", "student": "high_noise", "lora": {"rank": 3}},
     "replicas": {"teacher": "wan", "train": {"replicas": 2}},
     "whole teacher": {"teacher": "dit", "train": {"shard_teacher": False}},
 }
-MEASURED = ("same", "one expert", "auxiliary")
+MEASURED = ("same", "one expert", "auxiliary", "adapted expert")
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +78,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
 
     def case(what: str, folder: str, options: dict[str, Any]) -> dict[str, Any]:
         defaults: dict[str, Any] = {"student": "same", "auxiliary": False, "train": {}}
+        defaults |= {"lora": {}}
         places = {"uri": str(root / folder), "data": str(root / "set")}
         return defaults | options | places | {"what": what}
 
@@ -105,8 +112,14 @@ def test_shards_are_those_of_networks_loaded_whole(results: Results, name: str) 
             for key, tensor in expected.items():
                 assert torch.equal(got[key], tensor), key
         student, teacher = rank["trained"]
-        assert not any(teacher)
-        assert student.count(False) == ("pos_embed" in rank["got"][0])
+        assert not teacher
+        adapters = [key for key in rank["got"][0] if ".lora_" in key]
+        assert bool(adapters) == name.startswith("adapt")
+        frozen = rank["got"][0].keys() - set(student)
+        if adapters:
+            assert set(student) == set(adapters)
+        else:
+            assert all(key.endswith(NOT_TRAINED) for key in frozen), frozen
         assert rank["training"] == [True, False]
 
 

@@ -8,6 +8,7 @@ from facm_platform.registry.artifact import (
     open_artifact,
     read_artifact,
     save_artifact,
+    write_artifact,
 )
 
 __all__ = [
@@ -18,4 +19,5 @@ __all__ = [
     "open_artifact",
     "read_artifact",
     "save_artifact",
+    "write_artifact",
 ]

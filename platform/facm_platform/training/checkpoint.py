@@ -13,7 +13,7 @@ import io
 import json
 import pickle
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -32,13 +32,14 @@ from facm_core.errors import InvalidInputError, require
 from facm_core.models import Network
 from facm_platform import storage
 from facm_platform.registry import ArtifactConfig
+from facm_platform.training.config import LoraConfig
 from facm_platform.training.parallel import Group, agreed, differing_replicas
 
 RECORD = "checkpoint.json"
 AVERAGES = "averages"
 """Folder of a run in which the averages of every checkpoint stay when the checkpoint goes."""
 
-_FORMAT = 1
+_FORMAT = 2
 _RESTORE = "Restore the file from a copy, or train under another run.name"
 _PROGRESS = ("images_seen", "skipped_steps", "rollbacks", "metrics")
 
@@ -105,7 +106,9 @@ class TrainState:
         """The network under training."""
         return cast(Network, self.trained["student"])
 
-    def staged(self, artifact: ArtifactConfig, keep_averages: bool) -> StagedState:
+    def staged(
+        self, artifact: ArtifactConfig, keep_averages: bool, lora: LoraConfig | None
+    ) -> StagedState:
         """A copy in this machine's memory, for writing while training goes on.
 
         The next one takes its place: write this one before.
@@ -113,10 +116,12 @@ class TrainState:
         Args:
             artifact: What the averages of this state are as models.
             keep_averages: See `StagedState`.
+            lora: The student's adapters.
         """
         tensors: Any = self._stager.stage(self._tensors()[0])
         record = {name: getattr(self, name) for name in _PROGRESS}
         record |= {"sigma_rels": list(self.ema.profiles), "artifact": artifact.to_json()}
+        record["lora"] = lora and asdict(lora)
         return StagedState(tensors, record, keep_averages)
 
     def read(self, folder: Path, group: Group = None) -> None:

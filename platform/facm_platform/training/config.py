@@ -235,6 +235,30 @@ class TrainConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """Low-rank adapters, trained in place of the network's own weights.
+
+    Attributes:
+        rank: Of each adapter.
+        alpha: What an adapter adds is multiplied by alpha / rank.
+        targets: Linear layers that get one: ends of their names, after a dot (``to_q``, or
+            ``attn.proj``). None: attention and MLP of every block.
+    """
+
+    rank: int = 16
+    alpha: float = 16.0
+    targets: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        require(self.rank >= 1, "rank", self.rank, "below 1", "Use a whole number from 1")
+        alpha = self.alpha
+        require(0 < alpha < math.inf, "alpha", alpha, "not positive", "Use a number above 0")
+        targets = self.targets
+        problem = "no layer would be trained"
+        require(targets != (), "targets", targets, problem, "Name some, or use none for the usual")
+
+
+@dataclass(frozen=True, kw_only=True)
 class ValidationConfig:
     """The FID of every checkpoint's average, by which the best ones are kept.
 

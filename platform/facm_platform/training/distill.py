@@ -18,7 +18,13 @@ from facm_platform.evaluation.reference import find_reference
 from facm_platform.latents import LatentManifest
 from facm_platform.latents.null_text import NullText
 from facm_platform.registry import ArtifactInfo, read_artifact
-from facm_platform.training.config import TrainConfig, ValidationConfig, WorkersConfig
+from facm_platform.training.config import (
+    LoraConfig,
+    TrainConfig,
+    ValidationConfig,
+    WorkersConfig,
+)
+from facm_platform.training.lora import check_lora
 from facm_platform.training.ray_context import MakeContext, RayContext
 from facm_platform.training.run import (
     check_batch,
@@ -57,6 +63,8 @@ class DistillConfig:
         teacher: Frozen teacher; the student starts from its weights.
         student: ``same``: a network like the teacher. Where the teacher is a pair of experts, also
             ``high_noise`` or ``low_noise``: one network for all times, which starts as that one.
+        lora: Low-rank adapters, which are trained in place of the weights that the student starts
+            with; the artefact holds both, merged. None: the weights are trained.
         objective: FACM; the method where none is given.
         mean_flow: MeanFlow in its place, for comparison.
         scm: sCM in its place, for comparison.
@@ -73,6 +81,7 @@ class DistillConfig:
     data: DataConfig
     teacher: TeacherConfig
     student: str = SAME
+    lora: LoraConfig | None = None
     objective: FACMConfig | None = None
     mean_flow: MeanFlowConfig | None = None
     scm: SCMConfig | None = None
@@ -195,6 +204,7 @@ class DistillPlan:
                 train,
                 config.workers,
                 teachers=self.teacher.config.architecture.networks,
+                lora=config.lora,
             )
         )
 
@@ -251,6 +261,7 @@ class DistillPlan:
             stages=config.built_stages(),
             teacher_uri=self.teacher.uri,
             student=config.student,
+            lora=config.lora,
             artifact=artifact,
             tracking_uri=tracking_uri,
             run_id=run_id,
@@ -347,6 +358,16 @@ def check_fit(config: DistillConfig, teacher: ArtifactInfo, manifest: LatentMani
         f"a Wan reads one time, and {config.section} with this conditioning needs two",
         "Use objective.conditioning=expanded, or scm",
     )
+    if config.lora is not None:
+        require(
+            architecture.second_time or not config.second_time,
+            "lora",
+            "given",
+            f"{config.section} with this conditioning adds a second time embedding to the student, "
+            "which adapters would leave as it is, without effect",
+            "Use objective.conditioning=expanded, or scm, or train all weights: lora=null",
+        )
+        check_lora(config.lora, architecture)
 
 
 def _check_text_encoder(

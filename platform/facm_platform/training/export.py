@@ -17,12 +17,13 @@ from torch.distributed.checkpoint.state_dict_loader import load
 
 from facm_core.ema import synthesis_weights
 from facm_core.errors import InvalidInputError, require
-from facm_core.models import build_network
 from facm_platform import storage
 from facm_platform.config import JobResult
-from facm_platform.registry import ArtifactConfig, save_artifact
+from facm_platform.registry import ArtifactConfig, write_artifact
 from facm_platform.storage.listing import iter_names
 from facm_platform.training.checkpoint import AVERAGES, PlainReader, check_files, read_record
+from facm_platform.training.config import LoraConfig
+from facm_platform.training.lora import merged
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,11 @@ class _Stored:
     @property
     def images_seen(self) -> int:
         return int(self.record["images_seen"])
+
+    @property
+    def lora(self) -> LoraConfig | None:
+        values = self.record["lora"]
+        return values and LoraConfig(**values)
 
     @property
     def snapshots(self) -> list[tuple[int, float]]:
@@ -76,13 +82,10 @@ def export(checkpoint: str, output: str, sigma_rel: float | None = None) -> JobR
             averages = last.tensors(f"ema.{sigma_rel}.")
         else:
             averages = _synthesised(uri, last, sigma_rel)
-        with torch.device("meta"):
-            names = build_network(artifact.architecture).state_dict().keys()
         student = last.tensors("student.")
-        weights = {name: averages.get(name, student[name]) for name in names}
     artifact = replace(artifact, ema_sigma_rel=sigma_rel)
     with tempfile.TemporaryDirectory() as folder:
-        save_artifact(Path(folder), weights, artifact)
+        write_artifact(Path(folder), merged({**student, **averages}, last.lora), artifact)
         storage.upload_folder(Path(folder), target)
     images = float(artifact.images_seen)
     return JobResult(

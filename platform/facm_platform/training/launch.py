@@ -164,7 +164,7 @@ def _work(config: dict[str, Any]) -> dict[str, float] | Exception:
         # Of this rank alone: the others wait for it, and end when it does.
         architecture, count = task.artifact.architecture, context.world_size
         raise out_of_memory(
-            error, architecture, task.train, count, teachers=task.teachers
+            error, architecture, task.train, count, teachers=task.teachers, lora=task.lora
         ) from error
     except Hopeless as error:
         return cast(Exception, error.args[0])

@@ -74,8 +74,10 @@ def initial_values(build: Callable[[], nn.Module], names: Collection[str]) -> di
     """Of the parameters `names` of ``build()``: what they are when all the others are drawn too.
 
     The others share the memory of the largest. `build` must make its parameters, in float32, in the
-    same order each time.
+    same order each time; without `names`, it is not called.
     """
+    if not names:
+        return {}
     made: list[nn.Parameter] = []
 
     def noted(parameter: nn.Parameter) -> nn.Parameter:

@@ -20,7 +20,7 @@ from facm_core.errors import InvalidInputError
 from facm_core.objectives import FACM, Draws, Objective
 from facm_platform.latents import Batch
 from facm_platform.latents.stream import dealt_to
-from facm_platform.registry import save_artifact
+from facm_platform.registry import write_artifact
 from facm_platform.storage import join, local_copy, upload_folder, write_bytes
 from facm_platform.tracking import MetricSender
 from facm_platform.training.checkpoint import StagedState, TrainState
@@ -31,11 +31,11 @@ from facm_platform.training.health import (
     peak_memory,
     update_to_weight,
 )
+from facm_platform.training.lora import merged
 from facm_platform.training.networks import networks
 from facm_platform.training.parallel import (
     Sharding,
     differing_replicas,
-    gather,
     mean_over_workers,
     whole,
 )
@@ -383,17 +383,20 @@ class _Trainer:
     def _staged(self) -> StagedState:
         seen = self.state.images_seen
         artifact = replace(self.task.artifact, images_seen=seen)
-        return self.state.staged(artifact, self.settings.keep_averages)
+        return self.state.staged(artifact, self.settings.keep_averages, self.task.lora)
 
     def _export(self) -> None:
         """Rank 0 writes the averaged weights as a model artefact into the run's folder."""
         artifact = replace(self.task.artifact, images_seen=self.state.images_seen)
         averages = self.state.ema.profiles[str(self.settings.export_sigma_rel)]
-        weights = gather({**self.state.student.state_dict(), **averages})
-        if self.context.rank == 0:
-            with tempfile.TemporaryDirectory() as folder:
-                save_artifact(Path(folder), weights, artifact)
-                upload_folder(Path(folder), self.task.artifact_uri)
+        weights = merged({**self.state.student.state_dict(), **averages}, self.task.lora)
+        if self.context.rank != 0:
+            for _ in weights:  # what rank 0 writes is gathered from all
+                pass
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            write_artifact(Path(folder), weights, artifact)
+            upload_folder(Path(folder), self.task.artifact_uri)
 
     @contextmanager
     def _metric_sender(self) -> Iterator[MetricSender | None]:

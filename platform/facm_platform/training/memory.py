@@ -5,22 +5,40 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
+import torch
+from torch import nn
+
 from facm_core.errors import InvalidInputError
 from facm_core.memory import MemoryConfig, MemoryPlan, plan, preset_of
 from facm_core.models import Architecture
-from facm_platform.training.config import TrainConfig
+from facm_platform.training.config import LoraConfig, TrainConfig
+from facm_platform.training.loading import parameters_on_meta
+from facm_platform.training.lora import add_adapters
 
 
 def worker_memory(
-    architecture: Architecture, train: TrainConfig, workers: int, *, teachers: int
+    architecture: Architecture,
+    train: TrainConfig,
+    workers: int,
+    *,
+    teachers: int,
+    lora: LoraConfig | None = None,
 ) -> MemoryPlan:
     """Of each of so many workers, see `facm_core.memory`; with nothing offloaded.
 
-    `teachers`: frozen networks; 0 when training from scratch.
+    Args:
+        architecture: Of the student.
+        train: Optimisation.
+        workers: How many there are.
+        teachers: Frozen networks; 0 when training from scratch.
+        lora: The student's adapters.
     """
+    preset = preset_of(architecture)
+    if lora is not None:
+        preset = replace(preset, adapt=lambda one: _add_adapters(one, lora, architecture))
     share = math.ceil(train.global_batch_size / workers)
     return plan(
-        preset_of(architecture),
+        preset,
         MemoryConfig(
             gpus=workers // train.replicas,
             batch_size=min(share, train.micro_batch_size or share),
@@ -33,6 +51,16 @@ def worker_memory(
     )
 
 
+def _add_adapters(network: nn.Module, lora: LoraConfig, architecture: Architecture) -> None:
+    """To a network of fake tensors, which peft cannot move to the device where they belong."""
+    with parameters_on_meta():
+        add_adapters(network, lora, architecture)
+    for module in network.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if parameter.requires_grad:
+                setattr(module, name, nn.Parameter(torch.empty(parameter.shape)))
+
+
 def out_of_memory(
     error: Exception,
     architecture: Architecture,
@@ -40,11 +68,12 @@ def out_of_memory(
     workers: int,
     *,
     teachers: int,
+    lora: LoraConfig | None = None,
 ) -> InvalidInputError:
     """What to tell a user whose worker ran out of memory: each knob, and what it saves."""
 
     def total(settings: TrainConfig, count: int) -> int:
-        return worker_memory(architecture, settings, count, teachers=teachers).total
+        return worker_memory(architecture, settings, count, teachers=teachers, lora=lora).total
 
     needed = total(train, workers)
     share = math.ceil(train.global_batch_size / workers)
@@ -61,7 +90,7 @@ def out_of_memory(
     if train.precision == "float32":
         knobs["train.precision=bfloat16"] = total(replace(train, precision="bfloat16"), workers)
     if not train.offload:
-        memory = worker_memory(architecture, train, workers, teachers=teachers)
+        memory = worker_memory(architecture, train, workers, teachers=teachers, lora=lora)
         knobs["train.offload=true"] = memory.unsharded + memory.activations
     saved = {knob: needed - less for knob, less in knobs.items() if less < needed}
     advice = ", ".join(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 
@@ -21,6 +21,7 @@ from facm_platform.training.loading import (
     load_shards,
     parameters_on_meta,
 )
+from facm_platform.training.lora import add_adapters_on_meta, base_names
 from facm_platform.training.parallel import Sharding, agreed
 from facm_platform.training.task import SAME, TrainingTask
 
@@ -31,16 +32,16 @@ def networks(
     """Student and teacher. A collective.
 
     A teacher has the null prompt of its latent set. A distilled student starts with the teacher's
-    weights, or with those of one of its experts. Of the artefact's file each rank reads its
-    shards; it is verified by one rank of each machine.
+    weights, or with those of one of its experts, and with adapters on them where the task has some.
+    Of the artefact's file each rank reads its shards; one rank of each machine verifies it.
 
     Raises:
         InvalidInputError: the same on every rank; see `open_artifact`.
     """
     settings, device = task.train, context.device
     architecture = task.artifact.architecture
-    torch.manual_seed(settings.seed)
     if task.teacher_uri is None:
+        torch.manual_seed(settings.seed)
         student = build_network(architecture)
         if architecture.text_shape:
             NullText.load(task.stream.uri, task.stream.manifest).put_into(student)
@@ -53,21 +54,33 @@ def networks(
             teacher = build_network(info.config.architecture).eval().requires_grad_(False)
             student = build_network(architecture)
         start = teacher if task.student == SAME else teacher.get_submodule(task.student)
-        # A second time embedding, which the teacher has not, adds nothing at first.
-        lacking = student.state_dict().keys() - start.state_dict().keys()
-        others = initial_values(lambda: build_network(architecture), lacking) if lacking else {}
+        # Adapters, or a second time embedding, which the teacher has not, add nothing at first.
+        torch.manual_seed(settings.seed)
+        if task.lora is not None:
+            others = add_adapters_on_meta(student, task.lora, architecture)
+        else:
+            lacking = student.state_dict().keys() - start.state_dict().keys()
+            others = initial_values(lambda: build_network(architecture), lacking)
+        names = base_names(student)
         replicas = 1 if settings.shard_teacher else context.world_size
         teacher = replace(sharding, replicas=replicas).apply(teacher, device)
         student, home = sharding.apply(student, device), sharding.home(device)
         load_shards(teacher, home, Source(folder))
         prefix = "" if task.student == SAME else f"{task.student}."
-        load_shards(student, home, Source(folder, _below(prefix)), others=others)
+        load_shards(student, home, Source(folder, _renaming(prefix, names)), others=others)
     return student, teacher
 
 
-def _below(prefix: str) -> Callable[[str], str | None]:
-    """Names without the prefix; None for those that have it not."""
-    return lambda name: name.removeprefix(prefix) if name.startswith(prefix) else None
+def _renaming(prefix: str, names: Mapping[str, str]) -> Callable[[str], str | None]:
+    """Names as in `names`, where there is one, without the prefix; None for those without it."""
+
+    def rename(name: str) -> str | None:
+        if not name.startswith(prefix):
+            return None
+        name = name.removeprefix(prefix)
+        return names.get(name, name)
+
+    return rename
 
 
 def _first_of_machine() -> bool:

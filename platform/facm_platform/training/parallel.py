@@ -147,11 +147,6 @@ def _bytes(tensor: Tensor) -> bytes:
     return local(tensor).detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
-def gather(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Whole CPU copies of sharded tensors; every rank must call this, with the same names."""
-    return {name: whole(tensor).detach().cpu() for name, tensor in tensors.items()}
-
-
 def whole(tensor: Tensor) -> Tensor:
     """A distributed tensor in one piece (a collective), another tensor as it is."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -27,7 +27,7 @@ from facm_platform.tracking import (
     open_run,
 )
 from facm_platform.training.checkpoint import check_stored
-from facm_platform.training.config import TrainConfig, WorkersConfig
+from facm_platform.training.config import LoraConfig, TrainConfig, WorkersConfig
 from facm_platform.training.launch import launch
 from facm_platform.training.memory import worker_memory
 from facm_platform.training.ray_context import MakeContext, RayContext
@@ -121,11 +121,16 @@ def check_batch(train: TrainConfig, workers: WorkersConfig) -> None:
 
 
 def memory_estimate(
-    architecture: Architecture, train: TrainConfig, workers: WorkersConfig, *, teachers: int
+    architecture: Architecture,
+    train: TrainConfig,
+    workers: WorkersConfig,
+    *,
+    teachers: int,
+    lora: LoraConfig | None = None,
 ) -> str:
     """Each worker's memory when there are fewest."""
     count = workers.min or workers.max
-    memory = worker_memory(architecture, train, count, teachers=teachers)
+    memory = worker_memory(architecture, train, count, teachers=teachers, lora=lora)
     items = ", ".join(f"{name} {size / 2**20:,.0f}" for name, size in memory.rows())
     return f"MiB for each of {count} workers: {items}"
 

@@ -19,7 +19,7 @@ from facm_core.objectives import (
 from facm_platform.latents import LatentStream
 from facm_platform.registry import ArtifactConfig
 from facm_platform.storage import join
-from facm_platform.training.config import TrainConfig, ValidationConfig
+from facm_platform.training.config import LoraConfig, TrainConfig, ValidationConfig
 
 SAME = "same"
 STUDENTS = (SAME, "high_noise", "low_noise")
@@ -61,6 +61,7 @@ class TrainingTask:
         teacher_uri: Artefact of the frozen teacher, whose weights the student starts with; None
             when training from scratch.
         student: Which of the teacher's weights these are, one of `STUDENTS`.
+        lora: Adapters, which are trained in place of these weights; None where the weights are.
         artifact: Description of the model that will come out, its architecture included.
         tracking_uri: MLflow store.
         run_id: MLflow run that receives the metrics; None for none.
@@ -76,6 +77,7 @@ class TrainingTask:
     stages: tuple[Stage, ...] = ()
     teacher_uri: str | None
     student: str = SAME
+    lora: LoraConfig | None = None
     artifact: ArtifactConfig
     tracking_uri: str
     run_id: str | None
