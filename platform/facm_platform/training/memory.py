@@ -18,18 +18,20 @@ def worker_memory(
 
     `teachers`: frozen networks; 0 when training from scratch.
     """
+    return plan(preset_of(architecture), planned(train, workers, teachers=teachers))
+
+
+def planned(train: TrainConfig, workers: int, *, teachers: int) -> MemoryConfig:
+    """A worker's pass of a step, as the planner knows it."""
     share = math.ceil(train.global_batch_size / workers)
-    return plan(
-        preset_of(architecture),
-        MemoryConfig(
-            gpus=workers // train.replicas,
-            batch_size=min(share, train.micro_batch_size or share),
-            dtype=train.precision,
-            recompute=train.recompute,
-            teachers=teachers,
-            averages=len(train.ema_sigma_rels),
-            jvp=teachers > 0,
-        ),
+    return MemoryConfig(
+        gpus=workers // train.replicas,
+        batch_size=min(share, train.micro_batch_size or share),
+        dtype=train.precision,
+        recompute=train.recompute,
+        teachers=teachers,
+        averages=len(train.ema_sigma_rels),
+        jvp=teachers > 0,
     )
 
 
