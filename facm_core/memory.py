@@ -1,4 +1,4 @@
-"""How much memory a FACM run needs, before it has any.
+"""How much memory a FACM run needs, before it has any; and how many operations its steps take.
 
     python -m facm_core.memory --preset wan-14b --gpus 32 --batch 1 --dtype bfloat16 --teachers 2
 
@@ -19,11 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from facm_core.benchmark import parse_fields
 from facm_core.errors import InvalidInputError, require, require_one_of
+from facm_core.flops import FlopCounter
 from facm_core.models import Architecture, build_network
 from facm_core.models.base import Condition
 from facm_core.models.lightning_dit import PRESETS, preset_config
@@ -190,30 +192,73 @@ def _unsharded(model: Any, itemsize: int, networks: int) -> int:
     return largest + networks * rest * itemsize
 
 
+def step_flops(preset: Preset, config: MemoryConfig) -> int:
+    """Floating-point operations of `batch_size` images on a GPU, as `FlopCounter` counts them.
+
+    Of the teacher with guidance in every row, of the student forwards and backwards, and of
+    recomputed blocks where `recompute` is on; what fused attention computes anew in its backward
+    pass is not counted. Of networks that share the rows, each call runs all: one row more for each
+    that has none, as if all rows of a call were of one network.
+
+    Args:
+        preset: The student, and teachers of that size.
+        config: The run.
+    """
+    rows = 2 * config.batch_size  # of every call
+    with FakeTensorMode(), sdpa_kernel(SDPBackend.MATH):  # not every fused kernel has a formula
+        step = _Step(cast_parameters(preset.build(), DTYPES[config.dtype]), preset.example, config)
+        teacher, student = FlopCounter(), FlopCounter()  # type: ignore[no-untyped-call]
+        with teacher:
+            step.guide()
+        with student:
+            step.train()
+    idle_teachers, idle_students = max(0, config.teachers - 1), preset.networks - 1
+    total = teacher.total * (rows + idle_teachers) + student.total * (rows + idle_students)
+    return total // rows
+
+
 def _step_peak(model: Any, example: Example, config: MemoryConfig) -> int:
     """Peak of a step's activations and sharded gradients."""
-    x, condition = example(config.batch_size)
-    ledger = _Ledger([*model.parameters(), *model.buffers(), *tree_leaves((x, condition))])
+    step = _Step(model, example, config)
+    given = tree_leaves((step.x, step.condition))
+    ledger = _Ledger([*model.parameters(), *model.buffers(), *given])
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.register_post_accumulate_grad_hook(lambda p: ledger.reduce(p, config.gpus))
-    t = torch.full((config.batch_size,), 0.5)
-    both, time = example(2 * config.batch_size), t.repeat(2)
-    second_time = model.second_time
     with ledger:
-        if config.teachers:  # conditional and unconditional rows
-            with torch.no_grad():
-                model(both[0], time, both[1], time if second_time else None)
+        step.guide()
+        step.train()
+    return ledger.peak
+
+
+class _Step:
+    """What is done to a batch, with any data."""
+
+    def __init__(self, model: Any, example: Example, config: MemoryConfig) -> None:
+        self.model, self.config = model, config
+        self.x, self.condition = example(config.batch_size)
+        self.t = torch.full((config.batch_size,), 0.5)
+        self.both, self.time = example(2 * config.batch_size), self.t.repeat(2)
+
+    @torch.no_grad()
+    def guide(self) -> None:
+        """The teacher, on conditional and unconditional rows."""
+        if self.config.teachers:
+            x, condition = self.both
+            self.model(x, self.time, condition, self.time if self.model.second_time else None)
+
+    def train(self) -> None:
+        """The student, forwards and backwards."""
+        model, x, t, condition = self.model, self.x, self.t, self.condition
         objective = FACM(
-            FACMConfig(conditioning="auxiliary" if second_time else "expanded"),
-            recompute=config.recompute,
+            FACMConfig(conditioning="auxiliary" if model.second_time else "expanded"),
+            recompute=self.config.recompute,
         )
-        if config.jvp:
+        if self.config.jvp:
             loss = objective.loss(model, x, t, torch.ones_like(x), condition).loss
         else:
-            loss = mean_square(model(x, t, condition, t if second_time else None), x)
+            loss = mean_square(model(x, t, condition, t if model.second_time else None), x)
         loss.backward()
-    return ledger.peak
 
 
 class _Ledger(TorchDispatchMode):

@@ -11,9 +11,10 @@ import torch
 from facm_core.errors import InvalidInputError, require, require_one_of
 from facm_core.models.adapters import WanAdapter
 from facm_core.models.experts import Experts
+from facm_core.models.time_scale import slow_time
 
 _CLASS = "WanTransformer3DModel"
-_DATA = ("frames", "height", "width", "text_tokens", "boundary")
+_DATA = ("frames", "height", "width", "text_tokens", "boundary", "fastest")
 """Fields that diffusers' configuration of a network does not have."""
 
 
@@ -39,6 +40,8 @@ class WanConfig:
         rope_max_seq_len: Most patches along a side.
         boundary: Noise level at which two networks of this size take turns (`Experts`); None: one
             network for all times.
+        fastest: Sinusoids of the time turn by at most so many radians per unit of t (`slow_time`);
+            None: all of them are there, Wan's own.
     """
 
     frames: int = 1
@@ -57,6 +60,7 @@ class WanConfig:
     eps: float = 1e-6
     rope_max_seq_len: int = 1024
     boundary: float | None = None
+    fastest: float | None = None
     num_classes: ClassVar[int] = 0
     second_time: ClassVar[bool] = False
 
@@ -98,6 +102,13 @@ class WanConfig:
             self.boundary,
             "not in (0, 1)",
             "Use 0.875 for Wan 2.2, or none for one network",
+        )
+        require(
+            self.fastest is None or self.fastest > 0,
+            "fastest",
+            self.fastest,
+            "not positive",
+            "Use e.g. 20, or none for Wan's own",
         )
 
     @classmethod
@@ -173,7 +184,7 @@ def build_wan(config: WanConfig) -> WanAdapter | Experts:
     """The velocity network, with a null prompt of zeros among its buffers.
 
     Raises:
-        InvalidInputError: diffusers is not installed.
+        InvalidInputError: diffusers is not installed, or no sinusoid is as slow as `fastest`.
     """
     if config.boundary is None:
         return _network(config)
@@ -201,4 +212,5 @@ def _network(config: WanConfig) -> WanAdapter:
         "text_embedding": torch.zeros(config.text_shape),
         "text_mask": torch.zeros(config.text_tokens),
     }
-    return WanAdapter(network, null=null)
+    adapter = WanAdapter(network, null=null)
+    return adapter if config.fastest is None else slow_time(adapter, config.fastest)

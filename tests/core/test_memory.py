@@ -6,13 +6,19 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from facm_core import memory
 from facm_core.benchmark import BenchmarkConfig, _Bench
-from facm_core.memory import MemoryConfig, plan, preset_of
-from facm_core.models import LightningDiT
+from facm_core.flops import FlopCounter
+from facm_core.guidance import GuidanceConfig
+from facm_core.memory import MemoryConfig, plan, preset_of, step_flops
+from facm_core.models import LightningDiT, WanConfig, build_network
 from facm_core.models.lightning_dit import preset_config
 from facm_core.models.wan import wan_preset
+from facm_core.objectives import FACM, FACMConfig
 
 SMALL = {"hidden_size": 96, "depth": 4, "num_heads": 3, "input_size": 16, "in_channels": 8}
 
@@ -93,6 +99,82 @@ def test_wan(name: str, billions: float) -> None:
     assert got.parameters * 32 / 4 == pytest.approx(billions * 1e9, rel=0.01)
     assert got.unsharded > 0
     assert got.activations > 0
+
+
+# --- operations ---------------------------------------------------------------------------------
+
+WAN = WanConfig(
+    height=16,
+    width=24,
+    in_channels=4,
+    text_tokens=24,
+    text_dim=40,
+    num_layers=3,
+    num_attention_heads=4,
+    attention_head_dim=32,
+    ffn_dim=256,
+)
+
+
+def forward_flops(wan: WanConfig) -> int:
+    """Of one row, by hand: two for each weight of a matrix and token, and attention's products."""
+    d, text = wan.num_attention_heads * wan.attention_head_dim, wan.text_tokens
+    tokens = wan.height * wan.width // 4
+    matrices = tokens * (4 * d * d + 2 * d * d + 2 * d * wan.ffn_dim) + text * 2 * d * d
+    attention = 2 * tokens * tokens * d + 2 * tokens * text * d
+    patches = 2 * tokens * d * 4 * wan.in_channels
+    prompt = text * (wan.text_dim * d + d * d)
+    time = wan.freq_dim * d + d * d + 6 * d * d
+    return 2 * (wan.num_layers * (matrices + attention) + patches + prompt + time)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+@pytest.mark.parametrize("teachers", [1, 2])
+def test_operations_of_guidance(batch_size: int, teachers: int) -> None:
+    """Two rows for each image, and one more in every call for an expert without rows."""
+    config = MemoryConfig(batch_size=batch_size, teachers=teachers)
+    with_teacher = step_flops(preset_of(WAN), config)
+    without = step_flops(preset_of(WAN), replace(config, teachers=0))
+    rows = 2 * batch_size + teachers - 1
+    assert with_teacher - without == rows * forward_flops(WAN)
+
+
+@pytest.mark.parametrize(("recompute", "passes"), [(False, 7), (True, 9)])
+@pytest.mark.parametrize("boundary", [None, 0.5])
+def test_operations_of_training(recompute: bool, passes: int, boundary: float | None) -> None:
+    """Values 2, a tangent 1, backwards 4; blocks once more where they are recomputed."""
+    config = MemoryConfig(batch_size=2, teachers=0, recompute=recompute)
+    got = step_flops(preset_of(replace(WAN, boundary=boundary)), config)
+    rows = 2 if boundary is None else 2.5
+    assert got == pytest.approx(passes * rows * forward_flops(WAN), rel=0.05)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_operations_are_those_of_a_real_step(recompute: bool) -> None:
+    """Of the objective as training calls it."""
+    torch.manual_seed(0)
+    student, teacher = (build_network(WAN) for _ in range(2))
+    text = {"text_embedding": torch.randn(2, 24, 40), "text_mask": torch.ones(2, 24)}
+    x = torch.randn(2, *WAN.latent_shape)
+    guidance = GuidanceConfig(scale=4.0)
+    facm = FACM(FACMConfig(label_dropout=0.0, guidance=guidance), recompute=recompute)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounter() as counter:
+        facm(student, x, text, teacher.requires_grad_(False)).loss.backward()
+    predicted = step_flops(preset_of(WAN), MemoryConfig(batch_size=2, recompute=recompute))
+    assert predicted == counter.total
+
+
+def test_operations_of_the_training_of_a_teacher() -> None:
+    """Against PyTorch's own counter, which cannot look into a pass with tangents."""
+    model, x = build_network(WAN), torch.randn(2, *WAN.latent_shape)
+    text = {"text_embedding": torch.randn(2, 24, 40), "text_mask": torch.ones(2, 24)}
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model(x, torch.tensor([0.1, 1.6]), text).square().mean().backward()
+    got = step_flops(preset_of(WAN), MemoryConfig(batch_size=2, teachers=0, jvp=False))
+    assert got == counter.get_total_flops()
+
+
+# --- the command line ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

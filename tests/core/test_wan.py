@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from dataclasses import replace
 from typing import Any
@@ -12,6 +13,7 @@ from diffusers import WanTransformer3DModel
 
 from facm_core.errors import InvalidInputError
 from facm_core.models import WanConfig, build_network
+from facm_core.models.time_scale import slow_time
 from facm_core.models.wan import wan_preset
 
 TINY = WanConfig(
@@ -105,6 +107,24 @@ def test_the_null_prompt_is_part_of_the_weights() -> None:
         assert null["text_mask"][row].tolist() == mask.bool().tolist()
 
 
+@pytest.mark.parametrize("boundary", [None, 0.5])
+def test_slow_sinusoids_are_part_of_the_architecture(boundary: float | None) -> None:
+    """Names, shapes and the other weights are those of the network with all of them."""
+    slow = replace(TINY, boundary=boundary, fastest=20.0)
+    whole: Any = build_network(replace(slow, fastest=None))
+    expected = slow_time(copy.deepcopy(whole), 20.0)
+    with torch.device("meta"):
+        model: Any = build_network(slow)
+    model.load_state_dict(whole.state_dict(), assign=True)
+    assert whole.state_dict().keys() == model.state_dict().keys()
+    x, t = torch.randn(3, *slow.latent_shape), torch.tensor([0.1, 0.6, 1.8])
+    condition = {"text_embedding": torch.randn(3, 5, 12), "text_mask": torch.ones(3, 5)}
+    assert torch.equal(model(x, t, condition), expected(x, t, condition))
+    assert not torch.equal(model(x, t, condition), whole(x, t, condition))
+    with pytest.raises(InvalidInputError, match=r"fastest = 0.1: the slowest of 16"):
+        build_network(replace(slow, fastest=0.1))
+
+
 def test_published_sizes() -> None:
     config = wan_preset("wan-14b", height=90, width=160, boundary=0.875)
     assert config.latent_shape == (16, 90, 160)
@@ -124,6 +144,7 @@ def test_published_sizes() -> None:
         ({"patch_size": (2, 2)}, r"patch_size = \(2, 2\): does not divide"),
         ({"rope_max_seq_len": 2}, "rope_max_seq_len = 2: less than the 3 patches"),
         ({"eps": 0.0}, "eps = 0.0: not positive"),
+        ({"fastest": 0.0}, "fastest = 0.0: not positive"),
         ({"boundary": 875.0}, r"boundary = 875.0: not in \(0, 1\). Use 0.875"),
     ],
 )

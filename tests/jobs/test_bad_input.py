@@ -209,6 +209,7 @@ def test_dry_run_starts_nothing_and_tells_the_plan(
     assert status == 0
     assert "64 images in batches of 8 on 2 workers" in out
     assert "MiB for each of 2 workers" in out
+    assert "TFLOP a step for each of them" in out
     assert not (tmp_path / "runs").exists()
 
 

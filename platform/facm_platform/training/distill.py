@@ -29,8 +29,8 @@ from facm_platform.training.ray_context import MakeContext, RayContext
 from facm_platform.training.run import (
     check_batch,
     check_run,
+    cost_estimate,
     execute,
-    memory_estimate,
     open_data,
 )
 from facm_platform.training.task import SAME, STUDENTS, Stage, TrainingTask
@@ -199,7 +199,7 @@ class DistillPlan:
             f"{train.global_batch_size} on {config.workers.max} workers, from {self.data_uri} "
             f"({self.manifest.rows:,} rows) to {self.folder_uri}\n"
             f"teacher: {self.teacher.uri} (sha256 {self.teacher.sha256})\n"
-            + memory_estimate(
+            + cost_estimate(
                 self.architecture,
                 train,
                 config.workers,

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from facm_core.errors import InvalidInputError
-from facm_core.memory import MemoryConfig, MemoryPlan, plan, preset_of
+from facm_core.memory import MemoryConfig, MemoryPlan, Preset, plan, preset_of
 from facm_core.models import Architecture
 from facm_platform.training.config import LoraConfig, TrainConfig
 from facm_platform.training.loading import parameters_on_meta
@@ -33,21 +33,29 @@ def worker_memory(
         teachers: Frozen networks; 0 when training from scratch.
         lora: The student's adapters.
     """
+    preset = student_preset(architecture, lora)
+    return plan(preset, planned(train, workers, teachers=teachers))
+
+
+def student_preset(architecture: Architecture, lora: LoraConfig | None) -> Preset:
+    """The student as the planner knows it."""
     preset = preset_of(architecture)
-    if lora is not None:
-        preset = replace(preset, adapt=lambda one: _add_adapters(one, lora, architecture))
+    if lora is None:
+        return preset
+    return replace(preset, adapt=lambda one: _add_adapters(one, lora, architecture))
+
+
+def planned(train: TrainConfig, workers: int, *, teachers: int) -> MemoryConfig:
+    """A worker's pass of a step, as the planner knows it."""
     share = math.ceil(train.global_batch_size / workers)
-    return plan(
-        preset,
-        MemoryConfig(
-            gpus=workers // train.replicas,
-            batch_size=min(share, train.micro_batch_size or share),
-            dtype=train.precision,
-            recompute=train.recompute,
-            teachers=teachers,
-            averages=len(train.ema_sigma_rels),
-            jvp=teachers > 0,
-        ),
+    return MemoryConfig(
+        gpus=workers // train.replicas,
+        batch_size=min(share, train.micro_batch_size or share),
+        dtype=train.precision,
+        recompute=train.recompute,
+        teachers=teachers,
+        averages=len(train.ema_sigma_rels),
+        jvp=teachers > 0,
     )
 
 

@@ -17,8 +17,8 @@ from facm_platform.training.config import TrainConfig, WorkersConfig
 from facm_platform.training.run import (
     check_batch,
     check_run,
+    cost_estimate,
     execute,
-    memory_estimate,
     open_data,
 )
 from facm_platform.training.task import TrainingTask
@@ -139,7 +139,7 @@ class PretrainPlan:
             f"pretrain {config.run.name}: {train.total_images:,} images in batches of "
             f"{train.global_batch_size} on {config.workers.max} workers, from {self.data_uri} "
             f"({self.manifest.rows:,} rows) to {self.folder_uri}\n"
-            + memory_estimate(self.architecture, train, config.workers, teachers=0)
+            + cost_estimate(self.architecture, train, config.workers, teachers=0)
         )
 
     def execute(self) -> JobResult:

@@ -31,6 +31,7 @@ from facm_platform.training.config import LoraConfig, TrainConfig, WorkersConfig
 from facm_platform.training.launch import launch
 from facm_platform.training.memory import worker_memory
 from facm_platform.training.ray_context import MakeContext, RayContext
+from facm_platform.training.speed import PEAK, UTILISATION, predicted_seconds, worker_flops
 from facm_platform.training.task import TrainingTask
 
 IDENTITY = "run.yaml"
@@ -120,7 +121,7 @@ def check_batch(train: TrainConfig, workers: WorkersConfig) -> None:
     )
 
 
-def memory_estimate(
+def cost_estimate(
     architecture: Architecture,
     train: TrainConfig,
     workers: WorkersConfig,
@@ -128,11 +129,18 @@ def memory_estimate(
     teachers: int,
     lora: LoraConfig | None = None,
 ) -> str:
-    """Each worker's memory when there are fewest."""
+    """Each worker's memory and work in a step, when there are fewest."""
     count = workers.min or workers.max
     memory = worker_memory(architecture, train, count, teachers=teachers, lora=lora)
     items = ", ".join(f"{name} {size / 2**20:,.0f}" for name, size in memory.rows())
-    return f"MiB for each of {count} workers: {items}"
+    step = worker_flops(architecture, train, count, teachers=teachers, lora=lora)
+    work = f"TFLOP a step for each of them: {step / 1e12:,.4g}"
+    if workers.gpu and train.precision == "bfloat16":
+        work += (
+            f", {predicted_seconds(step):,.3g} s at {UTILISATION:.0%} of an H100's "
+            f"{PEAK / 1e12:.0f} TFLOP/s, which is assumed"
+        )
+    return f"MiB for each of {count} workers: {items}\n{work}"
 
 
 def execute(
