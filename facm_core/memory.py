@@ -206,12 +206,15 @@ def step_flops(preset: Preset, config: MemoryConfig) -> int:
     """
     rows = 2 * config.batch_size  # of every call
     with FakeTensorMode(), sdpa_kernel(SDPBackend.MATH):  # not every fused kernel has a formula
-        step = _Step(cast_parameters(preset.build(), DTYPES[config.dtype]), preset.example, config)
+        dtype = DTYPES[config.dtype]
         teacher, student = FlopCounter(), FlopCounter()  # type: ignore[no-untyped-call]
+        model = cast_parameters(preset.build(), dtype)
         with teacher:
-            step.guide()
+            _Step(model, preset.example, config).guide()
+        preset.adapt(model)
+        model = cast_parameters(model, dtype)
         with student:
-            step.train()
+            _Step(model, preset.example, config).train()
     idle_teachers, idle_students = max(0, config.teachers - 1), preset.networks - 1
     total = teacher.total * (rows + idle_teachers) + student.total * (rows + idle_students)
     return total // rows

@@ -25,6 +25,7 @@ from facm_platform.training.launch import launch
 from facm_platform.training.loop import _Trainer, train
 from facm_platform.training.lora import add_adapters, merged
 from facm_platform.training.memory import worker_memory
+from facm_platform.training.speed import worker_flops
 from facm_platform.training.task import TrainingTask
 from tests.small import ARCHITECTURE
 from tests.training.conftest import (
@@ -256,6 +257,12 @@ def test_the_memory_of_adapters(planned: Callable[..., DistillPlan]) -> None:
     assert found.optimizer == found.averages == adapters
     without = worker_memory(ARCHITECTURE, settings, 2, teachers=1)
     assert found.unsharded < without.unsharded
+
+    # What they save is the product that gives a frozen weight's gradient, one of many.
+    work, less = (
+        worker_flops(ARCHITECTURE, settings, 2, teachers=1, lora=one) for one in (None, lora)
+    )
+    assert 0.7 * work < less < 0.97 * work
 
     plan = planned("lora.rank=9999", "workers.max=2")
     large = worker_memory(
