@@ -39,7 +39,7 @@ RECORD = "checkpoint.json"
 AVERAGES = "averages"
 """Folder of a run in which the averages of every checkpoint stay when the checkpoint goes."""
 
-_FORMAT = 2
+_FORMAT = 1
 _RESTORE = "Restore the file from a copy, or train under another run.name"
 _PROGRESS = ("images_seen", "skipped_steps", "rollbacks", "metrics")
 
