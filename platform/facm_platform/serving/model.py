@@ -95,7 +95,7 @@ class Loaded:
         groups: dict[int, list[int]] = defaultdict(list)
         for index, order in enumerate(orders):
             try:
-                self.generator.check_label(order.label, "class")
+                self.generator.check(order.label, "class")
             except InvalidInputError as error:
                 results[index] = error
             else:
