@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,13 @@ from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 from facm_core.autoencoders import IdentityAutoencoder
 from facm_core.models import WanConfig
 from facm_core.text_encoders import text_encoder_sha256
+from facm_platform.evaluation.features import Classifier, FeaturesInfo, save_features
 from facm_platform.latents import LatentManifest
 from facm_platform.latents.manifest import part_name
 from facm_platform.latents.null_text import NullText
 from facm_platform.latents.tables import RowFormat
 from facm_platform.latents.writer import write_part
-from facm_platform.registry import ArtifactConfig, save_artifact
+from facm_platform.registry import ArtifactConfig, load_artifact, save_artifact
 from tests.small import artifact_config
 
 SHAPE, TEXT = (4, 4, 4), (5, 12)
@@ -153,6 +155,44 @@ def write_student(
     weights["null_text_mask"] = torch.ones(TEXT[0])
     save_artifact(folder, weights, config)
     return config
+
+
+@dataclass(frozen=True)
+class TextWorld:
+    """Folders of everything an evaluation by texts needs."""
+
+    folder: Path
+    manifest: LatentManifest
+
+    def __getattr__(self, name: str) -> str:
+        return str(self.folder / name)
+
+
+def write_text_world(folder: Path, prompts: Sequence[str], rows: int = 64) -> TextWorld:
+    """``set``, ``pipeline``, ``teacher``, ``student``, and ``features`` of other latents."""
+    manifest = write_texts(folder / "set", rows)
+    write_text_encoder(folder / "pipeline", prompts)
+    teacher = {"role": "teacher", "objective": "flow_matching", "conditioning": "plain"}
+    write_student(
+        folder / "teacher", manifest, folder / "pipeline", **teacher, guidance_scale=3.0, shift=0.5
+    )
+    sha256 = load_artifact(str(folder / "teacher")).sha256
+    write_student(
+        folder / "student", manifest, folder / "pipeline", seed=6, shift=0.5, teacher_sha256=sha256
+    )
+    info = FeaturesInfo(
+        name="tiny",
+        channels=SHAPE[0],
+        size=SHAPE[1],
+        num_classes=3,
+        dimension=8,
+        test_accuracy=0.0,
+        latent_manifest_sha256="0" * 64,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(4)
+        save_features(str(folder / "features"), Classifier(info), info)
+    return TextWorld(folder, manifest)
 
 
 def rewrite(file: Path, change: dict[str, torch.Tensor | None]) -> None:
