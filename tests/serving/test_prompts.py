@@ -25,7 +25,7 @@ from facm_platform.tracking import TrackingConfig, connect_store
 from tests.conftest import free_port
 from tests.serving.test_fuzz import fuzz
 from tests.serving.test_service import Answer, call
-from tests.prompts.text_shop import MODEL, PROMPTS, TextShop, open_text_shop
+from tests.serving.text_shop import MODEL, PROMPTS, TextShop, open_text_shop
 
 LONGEST = 300
 
