@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,11 +20,17 @@ from tokenizers.trainers import WordLevelTrainer
 from torch import nn
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
+from facm_core.autoencoders import IdentityAutoencoder
+from facm_core.models import WanConfig
+from facm_core.text_encoders import text_encoder_sha256
+from facm_platform.evaluation.features import Classifier, FeaturesInfo, save_features
 from facm_platform.latents import LatentManifest
 from facm_platform.latents.manifest import part_name
 from facm_platform.latents.null_text import NullText
 from facm_platform.latents.tables import RowFormat
 from facm_platform.latents.writer import write_part
+from facm_platform.registry import ArtifactConfig, load_artifact, save_artifact
+from tests.small import artifact_config
 
 SHAPE, TEXT = (4, 4, 4), (5, 12)
 
@@ -44,8 +52,8 @@ def write_texts(folder: Path, rows: int = 64) -> LatentManifest:
     manifest = LatentManifest.of(
         format,
         [write_part(str(folder), part_name(0), [table], format)],
-        autoencoder_id="identity",
-        autoencoder_sha256="0" * 64,
+        autoencoder_id=IdentityAutoencoder.id,
+        autoencoder_sha256=IdentityAutoencoder.sha256,
         encoding_sha256="0" * 64,
         created_by="test",
     )
@@ -109,6 +117,75 @@ def write_pipeline(folder: Path, *, boundary: float | None) -> list[WanTransform
         network.save_pretrained(folder / name, max_shard_size="60KB")
     (folder / "model_index.json").write_text(json.dumps({"boundary_ratio": boundary}))
     return networks
+
+
+def write_student(
+    folder: Path, manifest: LatentManifest, pipeline: Path, *, seed: int = 5, **changes: Any
+) -> ArtifactConfig:
+    """A random Wan of the set of `manifest` that is asked by the text encoder of `pipeline`."""
+    encoder_sha256 = text_encoder_sha256(pipeline / "text_encoder", pipeline / "tokenizer")
+    network = wan(seed)
+    architecture = WanConfig.from_diffusers(
+        {**network.config, "_class_name": "WanTransformer3DModel"},
+        height=SHAPE[1],
+        width=SHAPE[2],
+        text_tokens=TEXT[0],
+    )
+    values: dict[str, Any] = {
+        "role": "student",
+        "architecture": architecture,
+        "objective": "facm",
+        "text_encoder_id": str(pipeline),
+        "text_encoder_sha256": encoder_sha256,
+        "recommended_nfe": (2, 4),
+    }
+    config = artifact_config(manifest, **values | changes)
+    weights = {f"network.{name}": tensor for name, tensor in network.state_dict().items()}
+    # Prompts of a random encoder are alike, those of a trained one are not.
+    weights["network.condition_embedder.text_embedder.linear_1.weight"] *= 30
+    generator = torch.Generator().manual_seed(3)
+    weights["null_text_embedding"] = torch.randn(TEXT, generator=generator)
+    weights["null_text_mask"] = torch.ones(TEXT[0])
+    save_artifact(folder, weights, config)
+    return config
+
+
+@dataclass(frozen=True)
+class TextWorld:
+    """Folders of everything an evaluation by texts needs."""
+
+    folder: Path
+    manifest: LatentManifest
+
+    def __getattr__(self, name: str) -> str:
+        return str(self.folder / name)
+
+
+def write_text_world(folder: Path, prompts: Sequence[str], rows: int = 64) -> TextWorld:
+    """``set``, ``pipeline``, ``teacher``, ``student``, and ``features`` of other latents."""
+    manifest = write_texts(folder / "set", rows)
+    write_text_encoder(folder / "pipeline", prompts)
+    teacher = {"role": "teacher", "objective": "flow_matching", "conditioning": "plain"}
+    write_student(
+        folder / "teacher", manifest, folder / "pipeline", **teacher, guidance_scale=3.0, shift=0.5
+    )
+    sha256 = load_artifact(str(folder / "teacher")).sha256
+    write_student(
+        folder / "student", manifest, folder / "pipeline", seed=6, shift=0.5, teacher_sha256=sha256
+    )
+    info = FeaturesInfo(
+        name="tiny",
+        channels=SHAPE[0],
+        size=SHAPE[1],
+        num_classes=3,
+        dimension=8,
+        test_accuracy=0.0,
+        latent_manifest_sha256="0" * 64,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(4)
+        save_features(str(folder / "features"), Classifier(info), info)
+    return TextWorld(folder, manifest)
 
 
 def rewrite(file: Path, change: dict[str, torch.Tensor | None]) -> None:

@@ -111,7 +111,7 @@ def test_it_is_sampled_by_prompts(
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_what_is_asked_by_label_refuses_it(
+def test_without_a_text_encoder_it_takes_no_prompts(
     prepared: Prepare, tmp_path: Path, manifest: LatentManifest
 ) -> None:
     write_pipeline(tmp_path / "pipeline", boundary=None)
@@ -119,8 +119,8 @@ def test_what_is_asked_by_label_refuses_it(
     with pytest.raises(InvalidInputError, match=r"artifact = .*teacher': it reads texts"):
         Generator.load(str(tmp_path / "teacher"))
     extractor: Any = None
-    with pytest.raises(InvalidInputError, match=r"samples = 100: the rows of data.uri have texts"):
-        check_measure(100, extractor, manifest)
+    with pytest.raises(InvalidInputError, match=r"label_policy = 'random': .* have texts"):
+        check_measure(100, extractor, manifest, "random")
 
 
 def test_every_wrong_tensor_is_listed(prepared: Prepare, tmp_path: Path) -> None:

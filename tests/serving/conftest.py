@@ -1,4 +1,4 @@
-"""One service for all tests that need none of their own."""
+"""One service for the tests of a file that need none of their own."""
 
 from __future__ import annotations
 
@@ -34,7 +34,8 @@ class Served:
     config: ServeConfig
 
 
-@pytest.fixture(scope="package")
+# Not of the session: a cluster has one Ray Serve, with one port.
+@pytest.fixture(scope="module")
 def served(shop: Shop, ray_cluster: None) -> Iterator[Served]:
     """The champion of the shop, with little room for those who wait."""
     config = ServeConfig(

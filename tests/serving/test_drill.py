@@ -90,7 +90,7 @@ def test_no_request_is_lost(store: Store, tmp_path: Path, monkeypatch: pytest.Mo
 
     with job(shop, tmp_path, "poll_seconds=0.5", "replicas.number=2") as (url, process):
         plan = prepare_load(LoadConfig(url=url, requests=REQUESTS, connections=48))
-        load = asyncio.run(ask(plan.config, plan.classes, judge, reached))
+        load = asyncio.run(ask(plan.config, plan.subjects, judge, reached))
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=120) == 0
     print(load.metrics(1), dict(drawn), flush=True)

@@ -73,6 +73,8 @@ def test_what_cannot_be_served(shop: Shop) -> None:
         (lambda: ServeConfig(model="a", batching=BatchingConfig(images=8)), "limits.count"),
         (lambda: LimitsConfig(count=0), "count"),
         (lambda: LimitsConfig(seconds=-1), "seconds"),
+        (lambda: LimitsConfig(prompt=0), "prompt"),
+        (lambda: LimitsConfig(body_bytes=1000), "prompt"),
         (lambda: BatchingConfig(images=0), "images"),
         (lambda: BatchingConfig(wait_seconds=-1), "wait_seconds"),
         (lambda: ReplicasConfig(number=0), "number"),

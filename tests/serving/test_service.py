@@ -218,6 +218,7 @@ def test_what_it_tells_of_itself(served: Served) -> None:
     assert json.loads(call(f"{served.url}/readyz").content) == {"status": "ready", "version": "1"}
     model = json.loads(call(f"{served.url}/model").content)
     assert (model["model"], model["version"], model["classes"]) == (MODEL, "1", 10)
+    assert (model["takes"], model["max_prompt"]) == ("class", None)
     assert (model["image_shape"], model["max_count"], model["max_steps"]) == ([1, 8, 8], 8, 8)
     assert model["sha256"] == served.shop.versions["1"].tags["model_sha256"]
     page = call(f"{served.url}/")
@@ -229,6 +230,8 @@ def test_what_it_tells_of_itself(served: Served) -> None:
     schema = json.loads(call(f"{served.url}/openapi.json").content)
     properties = schema["components"]["schemas"]["GenerateRequest"]["properties"]
     assert properties["class"]["maximum"] == 9
+    assert "prompt" not in properties
+    assert schema["components"]["schemas"]["GenerateRequest"]["required"] == ["class"]
     assert properties["count"]["maximum"] == 8
 
 

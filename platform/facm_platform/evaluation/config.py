@@ -9,10 +9,11 @@ from facm_platform.config.sections import DataConfig, RunConfig, require_step_co
 from facm_platform.evaluation.engine import PARTS
 from facm_platform.evaluation.extractor import Extractor
 from facm_platform.evaluation.extractors import FITTED, KINDS
-from facm_platform.evaluation.protocol import LABEL_POLICIES, PUBLISHED
+from facm_platform.evaluation.protocol import LABEL_POLICIES, PUBLISHED, label_policy
 from facm_platform.evaluation.real import image_shape
 from facm_platform.latents import LatentManifest
 from facm_platform.registry import ArtifactInfo
+from facm_platform.registry.generator import check_text_encoder
 from facm_platform.registry.versions import check_model_name
 
 
@@ -33,7 +34,8 @@ class EvaluateConfig:
             set. None: in the run's folder.
         protocol: Name of the published protocol that this must be, e.g. ``adm-imagenet256-50k``;
             what differs is refused.
-        label_policy: ``balanced`` or ``random``.
+        label_policy: ``balanced`` or ``random`` labels; ``rows``, each sample of the text of a row.
+            None: balanced, or rows where rows have texts.
         samples: Number of samples; a multiple of the number of classes where labels are balanced.
         nfe: Step counts of the student.
         teacher_nfe: Step counts of the teacher (Euler; guided steps call the network twice).
@@ -52,7 +54,7 @@ class EvaluateConfig:
     features_uri: str
     reference_uri: str | None = None
     protocol: str | None = None
-    label_policy: str = "balanced"
+    label_policy: str | None = None
     samples: int = 5000
     nfe: tuple[int, ...] = (1, 2, 4)
     teacher_nfe: tuple[int, ...] = (1, 2, 4, 50)
@@ -64,7 +66,8 @@ class EvaluateConfig:
 
     def __post_init__(self) -> None:
         require_one_of("extractor", self.extractor, KINDS)
-        require_one_of("label_policy", self.label_policy, LABEL_POLICIES)
+        if self.label_policy is not None:
+            require_one_of("label_policy", self.label_policy, LABEL_POLICIES)
         if self.protocol is not None:
             require_one_of("protocol", self.protocol, tuple(PUBLISHED))
         for name in ("batch_size", "actors"):
@@ -89,25 +92,33 @@ def check_together(
     if teacher is not None:
         _check_teacher(config, manifest, student, teacher)
     # Last: where data.uri is the wrong set, it is the student that says so.
-    check_measure(config.samples, features, manifest, balanced=config.label_policy == "balanced")
+    check_measure(config.samples, features, manifest, config.label_policy)
+    if config.register_as is not None and student.config.architecture.num_classes == 0:
+        check_text_encoder("student_uri", student)
 
 
 def check_measure(
-    samples: int, features: Extractor, manifest: LatentManifest, *, balanced: bool = True
+    samples: int, features: Extractor, manifest: LatentManifest, policy: str | None = None
 ) -> None:
-    """Raise `InvalidInputError` unless the FID can be measured on this latent set."""
-    texts = manifest.num_classes == 0
-    by_label = "the rows of data.uri have texts, and samples are asked for by label"
-    require(not texts, "samples", samples, by_label, "Use a latent set with labels")
+    """Raise `InvalidInputError` unless the FID can be measured on this latent set.
+
+    Args:
+        samples: Number of samples.
+        features: The extractor.
+        manifest: Of the set.
+        policy: See `label_policy`.
+    """
     few = f"too few for {PARTS} parts, whose spread is the error of the FID"
     require(samples >= 2 * PARTS, "samples", samples, few, f"Use at least {2 * PARTS}")
-    require(
-        not balanced or samples % manifest.num_classes == 0,
-        "samples",
-        samples,
-        f"not a multiple of the {manifest.num_classes} classes, which get equally many each",
-        f"Use e.g. {-(-samples // manifest.num_classes) * manifest.num_classes}",
-    )
+    if label_policy(manifest, policy) == "balanced":
+        classes = manifest.num_classes
+        require(
+            samples % classes == 0,
+            "samples",
+            samples,
+            f"not a multiple of the {classes} classes, which get equally many each",
+            f"Use e.g. {-(-samples // classes) * classes}",
+        )
     features.check("features_uri", image_shape(manifest), manifest)
 
 
@@ -147,6 +158,7 @@ def _check_model(
     for what, ours, theirs in (
         ("latents", config.latent_shape, tuple(manifest.latent_shape)),
         ("classes", config.architecture.num_classes, manifest.num_classes),
+        ("texts", tuple(config.architecture.text_shape), tuple(manifest.text_shape)),
         ("mean", config.normalisation_mean, manifest.mean),
         ("std", config.normalisation_std, manifest.std),
         ("autoencoder", config.autoencoder_sha256, manifest.autoencoder_sha256),

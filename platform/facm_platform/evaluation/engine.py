@@ -50,7 +50,8 @@ class View:
         keep: Features of so many images are kept.
         batch_size: Images at once: memory and speed only.
         gpu: Whether each process has one.
-        shown_classes: Images of the classes below this one are kept,
+        shown_classes: Images of the classes below this one, or of so many rows with texts, are
+            kept,
         shown_samples: this many of each.
     """
 
@@ -88,9 +89,19 @@ class Workload:
     manifest: LatentManifest
     view: View
 
+    @property
+    def subjects(self) -> int:
+        """Classes, or rows with texts."""
+        return self.manifest.num_classes or self.manifest.rows
+
+    @property
+    def real(self) -> DecodedSet:
+        """The latent set."""
+        return DecodedSet(self.data_uri, self.manifest)
+
     def shown_number(self, index: int, label: int) -> int | None:
-        """Which of the kept images of its label sample `index` is; None: it is not kept."""
-        number = index // self.manifest.num_classes
+        """Which of the kept images of its label or row sample `index` is; None: it is not kept."""
+        number = index // self.subjects
         kept = label < self.view.shown_classes and number < self.view.shown_samples
         return number if kept else None
 
@@ -123,7 +134,7 @@ class Viewer:
                 if label < len(numbers) and numbers[label] < self._view.shown_samples:
                     shown[label, numbers[label]] = image
                     numbers[label] += 1
-            total.update(self._extractor(batch), labels, shown)
+            total.update(self._extractor(batch), labels if images.labelled else None, shown)
         return total
 
     def peak_memory_mib(self) -> float:
@@ -151,21 +162,25 @@ class Evaluator(Viewer):
     def block(self, artifact_uri: str, steps: int, start: int, stop: int) -> Measured:
         """The samples [start, stop) of the model at `artifact_uri` in `steps` steps."""
         total = Measured(self._extractor, self._view.keep_from(start))
-        classes, protocol = self._load.manifest.num_classes, self._load.protocol
-        for first in range(start, stop, self._view.batch_size):
-            last = min(first + self._view.batch_size, stop)
-            labels = protocol.sample_labels(first, last, classes)
+        load, protocol, size = self._load, self._load.protocol, self._view.batch_size
+        texts = None
+        if not load.real.labelled:
+            texts = load.real.conditions(start, stop, size)
+        for first in range(start, stop, size):
+            last = min(first + size, stop)
+            labels = protocol.sample_labels(first, last, load.subjects)
             seeds = protocol.sample_seeds(first, last)
-            latents = self._sampler(artifact_uri)(seeds, labels, steps)
+            condition = labels if texts is None else next(texts)
+            latents = self._sampler(artifact_uri)(seeds, condition, steps)
             images = quantise(self._autoencoder.decode(latents)).cpu()
             shown = {}
             for index, label, image in zip(
                 range(first, last), labels.tolist(), images, strict=True
             ):
-                number = self._load.shown_number(index, label)
+                number = load.shown_number(index, label)
                 if number is not None:
                     shown[label, number] = image.clone()
-            total.update(self._extractor(images), labels, shown)
+            total.update(self._extractor(images), labels if texts is None else None, shown)
         return total
 
     def _sampler(self, uri: str) -> LatentSampler:
@@ -192,9 +207,8 @@ def open_reference(
     view = workload.view
     if file.exists:
         return read_reference(file, extractor, look, view.keep)
-    images = DecodedSet(workload.data_uri, workload.manifest)
     keep, shown = view.keep, view.shown_samples
-    return make_reference(file.uri, images, extractor, look, keep=keep, shown=shown)
+    return make_reference(file.uri, workload.real, extractor, look, keep=keep, shown=shown)
 
 
 class Pool:

@@ -14,7 +14,7 @@ from facm_platform.evaluation.engine import Engine, View, Workload, peak_memory_
 from facm_platform.evaluation.extractor import Extractor
 from facm_platform.evaluation.extractors import load_extractor
 from facm_platform.evaluation.measured import Reference, Score, Shown, score
-from facm_platform.evaluation.protocol import Protocol, check_published
+from facm_platform.evaluation.protocol import Protocol, check_published, label_policy
 from facm_platform.evaluation.reference import ReferenceFile, find_reference, reference_name
 from facm_platform.evaluation.report import (
     SHEET,
@@ -43,7 +43,7 @@ from facm_platform.tracking import (
 
 __all__ = ["EvaluateConfig", "EvaluatePlan", "prepare"]
 
-# The sheet is for the eye: of a thousand classes it shows the first.
+# The sheet is for the eye: of a thousand classes, or rows with texts, it shows the first.
 _SHEET_CLASSES, _SHEET_SAMPLES = 20, 3
 _MODEL_FOLDER = "model"
 # Of the run's folder: finished parts of an evaluation under way.
@@ -75,7 +75,7 @@ class EvaluatePlan:
             reference_sha256=self.reference.sha256,
             samples=self.config.samples,
             seed=self.config.seed,
-            label_policy=self.config.label_policy,
+            label_policy=label_policy(self.manifest, self.config.label_policy),
             resize=self.features.resize,
             precision=self.features.precision,
         )
@@ -94,6 +94,14 @@ class EvaluatePlan:
             f"student: {self.student.uri} (sha256 {self.student.sha256})"
             + (f"\nregister as {register}, challenger" if register else "")
         )
+
+    @property
+    def _sheet(self) -> tuple[int, int]:
+        """Rows of the sheet, and columns of a group."""
+        classes = self.manifest.num_classes
+        if classes:
+            return min(classes, _SHEET_CLASSES), _SHEET_SAMPLES
+        return min(self.manifest.rows, self.config.samples, _SHEET_CLASSES), 1
 
     @property
     def _to_make(self) -> str:
@@ -136,6 +144,7 @@ class EvaluatePlan:
 
     def _measure(self) -> tuple[Reference, _Shown, _Scores, dict[str, float]]:
         """The reference, every model at each of its step counts, the memory it took."""
+        rows, columns = self._sheet
         workload = Workload(
             protocol=self.protocol,
             data_uri=absolute(self.config.data.uri, "data.uri"),
@@ -143,8 +152,8 @@ class EvaluatePlan:
             view=View(
                 kind=self.config.extractor,
                 features_uri=self.features.uri,
-                shown_classes=min(self.manifest.num_classes, _SHEET_CLASSES),
-                shown_samples=_SHEET_SAMPLES,
+                shown_classes=rows,
+                shown_samples=columns,
                 keep=self.protocol.kept_features,
                 batch_size=self.config.batch_size,
                 gpu=self.config.gpu,
@@ -190,8 +199,7 @@ class EvaluatePlan:
             run.log_text(text, name)
         with tempfile.TemporaryDirectory(prefix="facm-") as folder:
             sheet = Path(folder) / SHEET
-            classes = min(self.manifest.num_classes, _SHEET_CLASSES)
-            draw_sheet(sheet, _groups(reference.shown, shown, scores), classes, _SHEET_SAMPLES)
+            draw_sheet(sheet, _groups(reference.shown, shown, scores), *self._sheet)
             run.log_artifact(sheet)
             for uri in (self.folder_uri, self.student.uri):
                 write_bytes(join(uri, SHEET), sheet.read_bytes())

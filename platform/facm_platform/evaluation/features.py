@@ -111,12 +111,16 @@ class FeatureExtractor(Extractor):
         return f"{super().describe}, test accuracy {self.accuracy:.2%}"
 
     def check(self, field: str, shape: ImageShape, manifest: LatentManifest | None = None) -> None:
-        """It was fitted to one latent set."""
+        """It was fitted to one latent set, whose labels it tells apart.
+
+        Features are all that is taken from it on a set with texts: another set of such images will
+        do.
+        """
         info = self.info
         facts: list[tuple[str, object, object]] = [
             ("images", (info.channels, info.size, info.size), shape)
         ]
-        if manifest is not None:
+        if manifest is not None and manifest.num_classes:
             facts += [
                 ("classes", info.num_classes, manifest.num_classes),
                 ("latent set", info.latent_manifest_sha256, manifest.sha256),
@@ -133,7 +137,7 @@ class FeatureExtractor(Extractor):
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Seen:
-        """Its penultimate layer, and the classes of the latent set."""
+        """Its penultimate layer, and the classes of the latent set that it was fitted to."""
         parameter = next(self._network.parameters())
         features, logits = self._network(dequantise(images.to(parameter.device), parameter.dtype))
         return Seen(features, logits, labels=logits.argmax(dim=1))

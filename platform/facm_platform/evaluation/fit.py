@@ -106,6 +106,13 @@ def prepare(config: FeaturesConfig) -> FeaturesPlan:
     """
     check_run_name("run.name", config.run.name)
     manifest = LatentManifest.load(config.data.uri)
+    require(
+        manifest.num_classes > 0,
+        "data.uri",
+        config.data.uri,
+        "its rows have texts, and a classifier is fitted to labels",
+        "Use a set with labels, of images like these; it will do for both",
+    )
     check_reachable(absolute(config.output_uri, "output_uri"), "output_uri")
     check_store(config.run.tracking, embedded_root(config.run.storage_uri))
     channels, height, width = image_shape(manifest)

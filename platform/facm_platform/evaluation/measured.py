@@ -21,7 +21,7 @@ from facm_core.metrics import (
 from facm_platform.evaluation.extractor import Extractor, Seen
 
 Shown = dict[tuple[int, int], Tensor]
-"""Kept images, uint8 (C, H, W), by (label, number among that label)."""
+"""Kept images, uint8 (C, H, W), by (label or row, number among its images)."""
 
 _SUBSET = 1000  # of the kernel distance
 
@@ -53,14 +53,14 @@ class Measured:
         self.features = torch.empty(0, extractor.dimension)
         self.shown: Shown = {}
 
-    def update(self, seen: Seen, labels: Tensor, shown: Shown) -> None:
-        """Add a batch with these labels, of which these images are kept."""
+    def update(self, seen: Seen, labels: Tensor | None, shown: Shown) -> None:
+        """Add a batch with these labels, None for texts, of which these images are kept."""
         self.statistics.update(seen.features)
         if self.spatial is not None and seen.spatial is not None:
             self.spatial.update(seen.spatial)
         if self.scores is not None and seen.logits is not None:
             self.scores.update(seen.logits)
-        if seen.labels is not None:
+        if seen.labels is not None and labels is not None:
             self.agreeing = (self.agreeing or 0) + int((seen.labels.cpu() == labels).sum())
         self._keep_features(seen.features.cpu())
         self.shown |= shown

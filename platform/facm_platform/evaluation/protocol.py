@@ -11,9 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from facm_core.errors import InvalidInputError
+from facm_core.errors import InvalidInputError, require
+from facm_platform.latents import LatentManifest
 
-LABEL_POLICIES = ("balanced", "random")
+ROWS = "rows"
+LABEL_POLICIES = ("balanced", "random", ROWS)
 
 # One stride between seeds: the samples of two seeds never share noise.
 SEED_STRIDE = 2**32
@@ -31,7 +33,8 @@ class Protocol:
         samples: Number of samples.
         seed: Sample i draws all its noise from ``seed · 2³² + i``, whoever computes it.
         label_policy: ``balanced``: sample i has label i mod num_classes; ``random``: each label is
-            drawn uniformly, by the seed and i.
+            drawn uniformly, by the seed and i; ``rows``: sample i is of the text of row i mod rows
+            of the latent set, in the order of `real.DecodedSet`.
         quantisation: ``uint8-round``: to the nearest of 256 levels of [-1, 1], half to even.
         resize: How the extractor makes its size of them; ``none``: it sees them as they are.
         precision: Floating type of network, decoder and extractor. In float32 a batch of another
@@ -64,12 +67,33 @@ class Protocol:
         """Seeds of the samples [start, stop)."""
         return [self.seed * SEED_STRIDE + i for i in range(start, stop)]
 
-    def sample_labels(self, start: int, stop: int, num_classes: int) -> Tensor:
-        """Labels of the samples [start, stop), int64."""
-        if self.label_policy == "balanced":
-            return torch.arange(start, stop) % num_classes
+    def sample_labels(self, start: int, stop: int, count: int) -> Tensor:
+        """Labels of the samples [start, stop), int64, below `count`; or their rows."""
+        if self.label_policy in ("balanced", ROWS):
+            return torch.arange(start, stop) % count
         draws = [np.random.default_rng((self.seed, i)) for i in range(start, stop)]
-        return torch.tensor([int(draw.integers(num_classes)) for draw in draws])
+        return torch.tensor([int(draw.integers(count)) for draw in draws])
+
+
+def label_policy(manifest: LatentManifest, asked: str | None, field: str = "label_policy") -> str:
+    """How the samples that are compared with a latent set are conditioned.
+
+    Args:
+        manifest: Of the set.
+        asked: One of `LABEL_POLICIES`; None for ``balanced``, or ``rows`` where rows have texts.
+        field: Configuration field that named it, for messages.
+
+    Raises:
+        InvalidInputError: rows have labels and it is for texts, or the other way round.
+    """
+    texts = manifest.num_classes == 0
+    policy = asked or (ROWS if texts else LABEL_POLICIES[0])
+    have, fit = ("texts", ROWS) if texts else ("labels", "balanced or random")
+    fits = (policy == ROWS) == texts
+    require(
+        fits, field, policy, f"the rows of data.uri have {have}", f"Use {fit}, or leave it away"
+    )
+    return policy
 
 
 PUBLISHED: dict[str, dict[str, object]] = {

@@ -6,6 +6,7 @@ import itertools
 import math
 import zipfile
 from collections.abc import Iterator
+from itertools import repeat
 from typing import Any, Protocol
 
 import numpy as np
@@ -13,12 +14,14 @@ import torch
 from torch import Tensor
 
 from facm_core.autoencoders import ImageShape
-from facm_core.models.base import entry
+from facm_core.models.base import Condition, entry
 from facm_core.pixels import quantise
 from facm_platform import storage
 from facm_platform.latents import LatentManifest, LatentStream, local_batches
 from facm_platform.latents.autoencoder import autoencoder_of
+from facm_platform.latents.batches import batches_of
 from facm_platform.latents.images import BrokenImageError, ImageSource, Sample
+from facm_platform.latents.stream import read
 
 _PIECE_IMAGES = 4096
 _IMAGES = "arr_0.npy"
@@ -28,13 +31,15 @@ LATENTS = "latents"
 
 
 class RealImages(Protocol):
-    """A set of labelled images. Small when pickled.
+    """A set of images. Small when pickled.
 
     Attributes:
         kind: ``latents``, ``images`` or ``npz``.
+        labelled: Whether they have labels.
     """
 
     kind: str
+    labelled: bool
 
     @property
     def id(self) -> str:
@@ -44,7 +49,10 @@ class RealImages(Protocol):
         """All there is, each image in one of them; always the same ones."""
 
     def batches(self, piece: Any, size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Its images: uint8 (N, C, H, W), with labels (N,), at most `size` of them at once."""
+        """Its images: uint8 (N, C, H, W), with labels (N,), at most `size` of them at once.
+
+        Where there are no labels they are the numbers of the rows, or 0.
+        """
 
 
 class DecodedSet:
@@ -57,6 +65,7 @@ class DecodedSet:
 
     def __init__(self, uri: str, manifest: LatentManifest) -> None:
         self._uri, self._manifest = uri, manifest
+        self.labelled = manifest.num_classes > 0
 
     @property
     def id(self) -> str:
@@ -71,17 +80,33 @@ class DecodedSet:
 
     def batches(self, piece: tuple[int, int], size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Decoded here."""
-        autoencoder = autoencoder_of(self._manifest)
-        stream = LatentStream(self._uri, self._manifest, seed=0)
-        for batch in local_batches(stream, *piece, size):
+        autoencoder, row = autoencoder_of(self._manifest), piece[0]
+        for batch in local_batches(self._stream, *piece, size):
             images = autoencoder.decode(self._manifest.denormalise(batch.latents))
-            yield quantise(images), entry(batch.condition, "label")
+            rows = torch.arange(row, row := row + len(batch))
+            yield quantise(images), entry(batch.condition, "label") if self.labelled else rows
+
+    def conditions(self, start: int, stop: int, size: int) -> Iterator[Condition]:
+        """Those of the rows [start, stop), `size` at once; after the last row comes the first."""
+        rows, stream = self._manifest.rows, self._stream
+        tables = (
+            table
+            for first in range(start - start % rows, stop, rows)
+            for task in stream.tasks(max(start - first, 0), min(stop - first, rows))
+            for table in read(task)
+        )
+        return (batch.condition for batch in batches_of(self._manifest, tables, repeat(size)))
+
+    @property
+    def _stream(self) -> LatentStream:
+        return LatentStream(self._uri, self._manifest, seed=0)
 
 
 class SourceImages:
     """Images as jobs/encode.py reads them, cut to a square; broken ones are left out."""
 
     kind = "images"
+    labelled = True
 
     def __init__(self, source: ImageSource) -> None:
         self._source = source
@@ -111,6 +136,7 @@ class NpzImages:
     """
 
     kind = "npz"
+    labelled = False
 
     def __init__(self, uri: str, count: int) -> None:
         self._uri, self._count = uri, count

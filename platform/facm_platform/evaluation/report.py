@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from facm_platform.evaluation.measured import Score
-from facm_platform.evaluation.protocol import Protocol
+from facm_platform.evaluation.protocol import ROWS, Protocol
 from facm_platform.registry import ArtifactConfig
 from facm_platform.registry.artifact import OBJECTIVES
 
@@ -124,16 +124,33 @@ def as_card(
         "teacher sha256": f"`{config.teacher_sha256}`",
         "latent manifest sha256": f"`{config.latent_manifest_sha256}`",
         "autoencoder": config.autoencoder_id,
+        **_of_texts(config),
         "config hash": f"`{config.config_hash}`",
     }
     lines = [f"| {name} | {value} |" for name, value in facts.items()]
+    conditioned, agreement = (
+        f"with {protocol.label_policy} labels",
+        ("; agreement is the share of samples that this extractor sees as the class asked for"),
+    )
+    if protocol.label_policy == ROWS:
+        conditioned, agreement = "of the texts of the latent set", ""
     return (
         f"# Few-step generator, distilled by {OBJECTIVES[config.objective]}\n\n"
         f"![samples]({SHEET})\n\n"
         f"## Quality\n\n{as_table(protocol, scores)}\n"
-        f"FID over {protocol.samples:,} samples with {protocol.label_policy} labels, in the "
+        f"FID over {protocol.samples:,} samples {conditioned}, in the "
         f"features of `{protocol.extractor}` (sha256 `{protocol.extractor_sha256[:12]}…`), against "
-        f"the reference `{protocol.reference_sha256[:12]}…`; agreement is the share of samples "
-        "that this extractor sees as the class asked for.\n\n"
+        f"the reference `{protocol.reference_sha256[:12]}…`{agreement}.\n\n"
         "## Origin\n\n| | |\n|---|---|\n" + "\n".join(lines) + "\n"
     )
+
+
+def _of_texts(config: ArtifactConfig) -> dict[str, str]:
+    """What only a model of texts tells."""
+    if config.architecture.num_classes:
+        return {}
+    encoder = f"{config.text_encoder_id} (sha256 `{config.text_encoder_sha256}`)"
+    return {
+        "text encoder": encoder if config.text_encoder_id else "not known",
+        "time shift": f"{config.shift:g}",
+    }

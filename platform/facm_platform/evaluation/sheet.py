@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from matplotlib import get_data_path
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
@@ -84,3 +85,97 @@ def _enlarged(image: Tensor) -> Image.Image:
     scale = _scale(max(height, width))
     picture = Image.fromarray(pixels, "RGB")
     return picture.resize((width * scale, height * scale), Image.Resampling.NEAREST)
+
+
+# Of a sheet of prompts.
+_LARGEST_TILE, _COLUMN_WIDTH, _PROMPT_WIDTH, _CAPTION = 256, 150, 250, 16
+
+
+@dataclass(frozen=True)
+class Column:
+    """Of a sheet of prompts.
+
+    Attributes:
+        heading: First line above it, e.g. ``student``.
+        subheading: Second line, e.g. ``2 steps``.
+        note: Third line, e.g. of its scores; maybe empty.
+        images: uint8 (C, H, W), one a prompt.
+        captions: What stands below each of them, maybe nothing.
+    """
+
+    heading: str
+    subheading: str
+    note: str
+    images: Sequence[Tensor]
+    captions: Sequence[str]
+
+
+def draw_prompt_sheet(path: Path, prompts: Sequence[str], columns: Sequence[Column]) -> None:
+    """Write a PNG: a row for each prompt, which stands at its left.
+
+    Args:
+        path: File to write.
+        prompts: From top to bottom.
+        columns: From left to right; images larger than 256 pixels are made smaller.
+    """
+    sizes = [_picture(image).size for column in columns for image in column.images]
+    tile, height = (max(side) for side in zip(*sizes, strict=True))
+    width = max(tile, _COLUMN_WIDTH)
+    caption = _CAPTION if any(any(column.captions) for column in columns) else 0
+    heading = _HEADING + (20 if any(column.note for column in columns) else 0)
+    first, row_height = _MARGIN + _PROMPT_WIDTH, height + caption + 2 * _GAP
+    size = (
+        first + len(columns) * (width + _GROUP_GAP) - _GROUP_GAP + _MARGIN,
+        2 * _MARGIN + heading + len(prompts) * row_height,
+    )
+    sheet = Image.new("RGB", size, _BACKGROUND)
+    draw = ImageDraw.Draw(sheet)
+    # Prompts, and ×, have more letters than Pillow's own font.
+    file = str(Path(get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"))
+    font, small = (ImageFont.truetype(file, pixels) for pixels in (_FONT - 1, _SMALL_FONT - 1))
+    line = _SMALL_FONT + 4
+    for row, prompt in enumerate(prompts):
+        top = _MARGIN + heading + row * row_height
+        lines = _wrapped(prompt, small, _PROMPT_WIDTH - _GROUP_GAP, row_height // line)
+        middle = top + height // 2 - (len(lines) - 1) * line // 2
+        for number, text in enumerate(lines):
+            draw.text((_MARGIN, middle + number * line), text, _INK, small, anchor="lm")
+    for index, column in enumerate(columns):
+        left = first + index * (width + _GROUP_GAP)
+        centre = left + width // 2
+        draw.text((centre, _MARGIN + 8), column.heading, _INK, font, anchor="mm")
+        for number, text in enumerate((column.subheading, column.note)):
+            draw.text((centre, _MARGIN + 28 + 18 * number), text, _FAINT, small, anchor="mm")
+        for row, (image, text) in enumerate(zip(column.images, column.captions, strict=True)):
+            top = _MARGIN + heading + row * row_height
+            sheet.paste(_picture(image), (centre - tile // 2, top))
+            draw.text((centre, top + height + _CAPTION // 2), text, _FAINT, small, anchor="mm")
+    sheet.save(path, optimize=True)
+
+
+def _picture(image: Tensor) -> Image.Image:
+    """Enlarged, or no larger than a tile may be."""
+    picture = _enlarged(image)
+    picture.thumbnail((_LARGEST_TILE, _LARGEST_TILE), Image.Resampling.LANCZOS)
+    return picture
+
+
+def _wrapped(text: str, font: ImageFont.FreeTypeFont, width: int, lines: int) -> list[str]:
+    """So many lines of so many pixels, broken between words if it can be; what is cut off: …"""
+    found = [""]
+    for word in text.split():
+        if found[-1] and font.getlength(f"{found[-1]} {word}") <= width:
+            found[-1] += f" {word}"
+            continue
+        found.append("")
+        for letter in word:
+            if font.getlength(found[-1] + letter) > width:
+                found.append("")
+            found[-1] += letter
+    found = list(filter(None, found))
+    if len(found) <= lines:
+        return found
+    last = found[lines - 1]
+    while last and font.getlength(f"{last}…") > width:
+        last = last[:-1]
+    return [*found[: lines - 1], f"{last}…"]

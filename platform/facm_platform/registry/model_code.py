@@ -16,7 +16,7 @@ from facm_platform.registry.generator import Generator
 
 
 class RegisteredGenerator(PythonModel):
-    """Labels in, images out; row k of the input is drawn with the seed ``seed + k``."""
+    """Classes or prompts in, images out; row k of the input is drawn with the seed ``seed + k``."""
 
     # MLflow passes it by this name.
     def load_context(self, context: PythonModelContext) -> None:
@@ -31,11 +31,15 @@ class RegisteredGenerator(PythonModel):
     ) -> np.ndarray[Any, Any]:
         """Images uint8 (B, H, W, C)."""
         given = params or {}
-        labels = [int(label) for label in model_input["label"]]
+        subjects: list[int] | list[str]
+        if self._generator.takes_prompts:
+            subjects = [str(prompt) for prompt in model_input["prompt"]]
+        else:
+            subjects = [int(label) for label in model_input["label"]]
         first = int(given.get("seed", 0))
         steps = int(given.get("steps", self._generator.default_steps))
-        seeds = range(first, first + len(labels))
-        images = self._generator.generate(labels, seeds, steps)
+        seeds = range(first, first + len(subjects))
+        images = self._generator.generate(subjects, seeds, steps)
         return images.permute(0, 2, 3, 1).numpy()
 
 

@@ -37,6 +37,8 @@ _REQUIREMENTS = (
 )
 # Decodes the latents of the models that are not trained on pixels.
 _OPTIONAL = ("diffusers",)
+# Embed the prompts of the models of texts.
+_OF_TEXTS = ("ftfy", "transformers")
 
 
 @contextmanager
@@ -56,7 +58,7 @@ def pyfunc_files(config: ArtifactConfig) -> Iterator[Path]:
                 python_model=str(_CODE),
                 code_paths=[str(Path(p.__path__[0])) for p in (facm_core, facm_platform)],
                 signature=_signature(config),
-                pip_requirements=_requirements(),
+                pip_requirements=_requirements(config),
             )
         description = Model.load(str(folder))
         flavor = description.flavors[mlflow.pyfunc.FLAVOR_NAME]
@@ -69,9 +71,11 @@ def pyfunc_files(config: ArtifactConfig) -> Iterator[Path]:
 
 
 def _signature(config: ArtifactConfig) -> ModelSignature:
-    """Labels in, images out, with the parameters that every request may give."""
+    """Classes or prompts in, images out, with the parameters that every request may give."""
+    labelled = config.architecture.num_classes > 0
+    column = ColSpec("long", "label") if labelled else ColSpec("string", "prompt")
     return ModelSignature(
-        inputs=Schema([ColSpec("long", "label")]),
+        inputs=Schema([column]),
         outputs=Schema([TensorSpec(np.dtype(np.uint8), (-1, -1, -1, -1))]),
         params=ParamSchema(
             [
@@ -82,9 +86,10 @@ def _signature(config: ArtifactConfig) -> ModelSignature:
     )
 
 
-def _requirements() -> list[str]:
+def _requirements(config: ArtifactConfig) -> list[str]:
     """The packages of this process, by version; the optional ones where they are installed."""
+    optional = _OPTIONAL if config.architecture.num_classes else (*_OPTIONAL, *_OF_TEXTS)
     installed = {d.metadata["Name"].lower() for d in importlib.metadata.distributions()}
-    names = (*_REQUIREMENTS, *(name for name in _OPTIONAL if name in installed))
+    names = (*_REQUIREMENTS, *(name for name in optional if name in installed))
     # Without the local part, such as +cpu, which belongs to one machine.
     return [f"{name}=={importlib.metadata.version(name).partition('+')[0]}" for name in names]

@@ -9,13 +9,18 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from facm_platform.registry.artifact import Artifact, load_artifact
+from facm_core.models import Condition
+from facm_core.samplers import sample_noise
+from facm_platform.latents.tables import TEXT_EMBEDDING, TEXT_MASK
+from facm_platform.registry.artifact import Artifact, ArtifactConfig, load_artifact
 from facm_platform.registry.generator import latent_sampler
 
 SAMPLES = "samples.safetensors"
 """Beside the weights: latents of a student, in its first recommended step count."""
 
 _COUNT = 16
+# A stream of noise beyond those of the steps.
+_TEXTS = 2**32
 
 
 def write_samples(folder: Path, artifact: Artifact) -> Path:
@@ -54,9 +59,25 @@ def _latents(artifact: Artifact) -> Tensor:
     The last digits of float64 depend on the processor; those of float32, then, do not.
     """
     config, seeds = artifact.config, list(range(_COUNT))
-    labels = torch.arange(_COUNT) % config.architecture.num_classes
     sample = latent_sampler(artifact, torch.device("cpu"), torch.float64)
     try:
-        return sample(seeds, labels, config.recommended_nfe[0]).float()
+        return sample(seeds, _condition(config, seeds), config.recommended_nfe[0]).float()
     finally:
         artifact.model.float()
+
+
+def _condition(config: ArtifactConfig, seeds: list[int]) -> Condition:
+    """Every class in turn; of a model of texts, noise for texts, of all lengths.
+
+    Embedded prompts would do no better, and differ by their last digits from one processor to
+    another.
+    """
+    architecture = config.architecture
+    if architecture.num_classes:
+        return torch.arange(_COUNT) % architecture.num_classes
+    tokens, _ = architecture.text_shape
+    lengths = 1 + torch.arange(_COUNT) * tokens // _COUNT
+    return {
+        TEXT_EMBEDDING: sample_noise(architecture.text_shape, seeds, stream=_TEXTS),
+        TEXT_MASK: torch.arange(tokens) < lengths[:, None],
+    }

@@ -8,6 +8,9 @@ from facm_core.errors import require
 from facm_platform.registry.versions import CHAMPION, check_model_name
 from facm_platform.tracking import TrackingConfig
 
+# Of a character, as JSON may write it (\ud83d\udc31), and of all else in a request.
+_JSON_BYTES, _OTHER_BYTES = 12, 256
+
 
 @dataclass(frozen=True, kw_only=True)
 class LimitsConfig:
@@ -16,6 +19,7 @@ class LimitsConfig:
     Attributes:
         count: Images of a request.
         steps: Evaluations of the network for an image.
+        prompt: Characters of a prompt.
         body_bytes: Of a request; longer ones are answered with 413.
         waiting: Requests that wait for a place at a replica; more are answered with 429.
         seconds: After so many a request is answered with 503.
@@ -23,14 +27,24 @@ class LimitsConfig:
 
     count: int = 16
     steps: int = 8
+    prompt: int = 1000
     body_bytes: int = 16_384
     waiting: int = 256
     seconds: float = 60.0
 
     def __post_init__(self) -> None:
-        for name in ("count", "steps", "body_bytes", "waiting"):
+        for name in ("count", "steps", "prompt", "body_bytes", "waiting"):
             _require_positive(name, getattr(self, name))
         _require_positive("seconds", self.seconds)
+        longest = self.prompt * _JSON_BYTES + _OTHER_BYTES
+        require(
+            longest <= self.body_bytes,
+            "prompt",
+            self.prompt,
+            f"a request with so many characters may have {longest:,} bytes, and body_bytes are "
+            f"{self.body_bytes:,}",
+            f"Use body_bytes of at least {longest}, or a shorter prompt",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,11 +11,11 @@ import numpy as np
 from fastapi import Response
 from fastapi.responses import JSONResponse
 from PIL import Image
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from facm_core.errors import InvalidInputError, require
 from facm_platform.serving.config import LimitsConfig
-from facm_platform.serving.model import Drawn, Order
+from facm_platform.serving.model import Description, Drawn, Order
 
 Pixels = np.ndarray[Any, Any]
 Format = Literal["png", "npy", "json"]
@@ -29,6 +29,8 @@ def _whole(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
+# Not a default that a request may give: null is no class and no prompt.
+_LEFT_AWAY: Any = None
 # After the bounds, which the schema would not tell otherwise.
 WHOLE = BeforeValidator(_whole)
 
@@ -36,7 +38,8 @@ WHOLE = BeforeValidator(_whole)
 class Request(Protocol):
     """What `request_model` makes."""
 
-    label: int
+    label: int | None
+    prompt: str | None
     steps: int | None
     seed: int | None
     count: int
@@ -48,24 +51,23 @@ class Body(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    @model_validator(mode="before")
-    @classmethod
-    def _no_prompt(cls, values: Any) -> Any:
-        if isinstance(values, dict) and "prompt" in values:
-            raise ValueError(
-                "prompt: this model draws classes and knows no text; give class instead"
-            )
-        return values
-
 
 def request_model(limits: LimitsConfig) -> type[Body]:
-    """The request's schema, with the limits of this service in it."""
+    """The request's schema, with the limits of this service in it.
+
+    Class or prompt: what the version that draws takes, only its replica knows. See `of_version`.
+    """
+    text = Field(min_length=1, max_length=limits.prompt, pattern=r"\S")
 
     class GenerateRequest(Body):
-        """One or more images of a class."""
+        """One or more images of a class or a prompt."""
 
         label: Annotated[int, Field(ge=0), WHOLE] = Field(
-            alias="class", description="Class to draw."
+            default=_LEFT_AWAY, alias="class", description="Class to draw."
+        )
+        prompt: Annotated[str, text] = Field(
+            default=_LEFT_AWAY,
+            description="What to draw. The text encoder reads its beginning, if it is long.",
         )
         steps: Annotated[int, Field(ge=1, le=limits.steps), WHOLE] | None = Field(
             default=None,
@@ -87,6 +89,20 @@ def request_model(limits: LimitsConfig) -> type[Body]:
         )
 
     return GenerateRequest
+
+
+def of_version(schema: dict[str, Any], described: Description) -> dict[str, Any]:
+    """The OpenAPI schema with what the version in service takes, which another one may change."""
+    request = schema["components"]["schemas"]["GenerateRequest"]
+    taken, other = ("class", "prompt") if described.num_classes else ("prompt", "class")
+    properties = dict(request["properties"])
+    del properties[other]
+    properties[taken] = {k: v for k, v in properties[taken].items() if k != "default"}
+    if described.num_classes:
+        properties[taken]["maximum"] = described.num_classes - 1
+    changed = {**request, "properties": properties, "required": [taken]}
+    schemas = {**schema["components"]["schemas"], "GenerateRequest": changed}
+    return {**schema, "components": {**schema["components"], "schemas": schemas}}
 
 
 class Images(BaseModel):
@@ -122,7 +138,9 @@ class ServedModel(BaseModel):
     model: str
     version: str
     sha256: str
-    classes: int
+    takes: Literal["class", "prompt"]
+    classes: int | None = Field(description="Of a model that takes a class.")
+    max_prompt: int | None = Field(description="Characters; of a model that takes a prompt.")
     image_shape: list[int] = Field(description="Channels, height, width.")
     recommended_steps: list[int]
     max_steps: int

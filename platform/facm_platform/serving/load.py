@@ -9,7 +9,7 @@ import asyncio
 import os
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +18,7 @@ import numpy as np
 
 from facm_core.errors import InvalidInputError, require
 from facm_platform.config import JobResult, Refused
+from facm_platform.prompts import read_prompts
 from facm_platform.serving.plan import TOKEN_VARIABLE
 
 _TRY_AGAIN = (429, 503)
@@ -33,6 +34,8 @@ class LoadConfig:
 
     Attributes:
         url: Its address.
+        prompts_uri: UTF-8 file of prompts, one a line, for a model that takes them: request i asks
+            for prompt i modulo them. A model of classes is asked for class after class.
         requests: How many.
         connections: Requests under way at a time; 1 asks for one after the other.
         count: Images of each.
@@ -41,6 +44,7 @@ class LoadConfig:
     """
 
     url: str = "http://127.0.0.1:8000"
+    prompts_uri: str | None = None
     requests: int = 1000
     connections: int = 64
     count: int = 1
@@ -86,13 +90,14 @@ class LoadPlan:
     config: LoadConfig
     model: str
     version: str
-    classes: int
+    subjects: tuple[Body, ...]
 
     def describe(self) -> str:
         """What would be asked."""
         config = self.config
+        taken = "classes" if config.prompts_uri is None else "prompts"
         return (
-            f"ask {config.url} ({self.model} version {self.version}, {self.classes} classes) "
+            f"ask {config.url} ({self.model} version {self.version}, {len(self.subjects)} {taken}) "
             f"{config.requests:,} times for {config.count} images, over {config.connections} "
             "connections"
         )
@@ -104,7 +109,7 @@ class LoadPlan:
             Refused: a request was answered with an error.
         """
         print(self.describe(), flush=True)
-        load = asyncio.run(ask(self.config, self.classes))
+        load = asyncio.run(ask(self.config, self.subjects))
         metrics = load.metrics(self.config.count)
         print(
             f"{metrics['images_per_second']:.1f} images/s, half within "
@@ -125,7 +130,8 @@ def prepare(config: LoadConfig) -> LoadPlan:
     """Ask the service what it serves.
 
     Raises:
-        InvalidInputError: nothing of the kind answers.
+        InvalidInputError: nothing of the kind answers, or it takes prompts and there are none, or
+            the other way round.
     """
 
     async def look() -> Any:
@@ -139,12 +145,22 @@ def prepare(config: LoadConfig) -> LoadPlan:
         problem = f"no service answers there ({error})"
         remedy = f"Start one with jobs/serve.py; its token, if any, in {TOKEN_VARIABLE}"
         raise InvalidInputError("url", config.url, problem, remedy) from error
-    return LoadPlan(config, model["model"], model["version"], model["classes"])
+    return LoadPlan(config, model["model"], model["version"], _subjects(config, model))
+
+
+def _subjects(config: LoadConfig, model: Body) -> tuple[Body, ...]:
+    takes, uri = model["takes"], config.prompts_uri
+    needed = takes == "prompt"
+    remedy = "Give a file of prompts" if needed else "Leave it away"
+    require((uri is not None) == needed, "prompts_uri", uri, f"the model takes a {takes}", remedy)
+    if uri is None:
+        return tuple({"class": label} for label in range(model["classes"]))
+    return tuple({"prompt": prompt} for prompt in read_prompts(uri))
 
 
 async def ask(
     config: LoadConfig,
-    classes: int,
+    subjects: Sequence[Body],
     judge: Judge | None = None,
     reached: Callable[[int], Awaitable[None]] | None = None,
 ) -> Load:
@@ -152,7 +168,7 @@ async def ask(
 
     Args:
         config: Which.
-        classes: Of the model; request i asks for class i modulo them.
+        subjects: Classes or prompts; request i asks for number i modulo them.
         judge: Sees every request that was served, with its answer.
         reached: Called with every number of requests that were made so far.
     """
@@ -163,8 +179,8 @@ async def ask(
         for number in numbers:
             if reached is not None:
                 await reached(number)
-            body: Body = {"class": number % classes, "seed": config.seed + number * config.count}
-            body |= {"count": config.count, "steps": config.steps}
+            body = {**subjects[number % len(subjects)], "count": config.count}
+            body |= {"seed": config.seed + number * config.count, "steps": config.steps}
             begin = time.perf_counter()
             answer, content = await _ask_until_served(session, config.url, body, load)
             if answer.status == 200:

@@ -19,7 +19,7 @@ from ray.util.metrics import Counter, Gauge, Histogram
 
 from facm_core.errors import InvalidInputError, require
 from facm_platform.registry.artifact import load_artifact
-from facm_platform.registry.generator import Generator
+from facm_platform.registry.generator import Generator, Subject
 from facm_platform.registry.versions import Version, downloaded, find_version
 from facm_platform.serving.config import ServeConfig
 from facm_platform.tracking import new_client
@@ -36,13 +36,15 @@ class Order:
     """What to draw. Image k has the seed ``seed + k``.
 
     Attributes:
-        label: Class.
+        label: Class, for a model of classes.
+        prompt: Text, for a model of prompts.
         seed: Of the first image, from 0.
         count: Images.
         steps: Evaluations of the network; None for the fewest that the model is meant for.
     """
 
-    label: int
+    label: int | None = None
+    prompt: str | None = None
     seed: int
     count: int = 1
     steps: int | None = None
@@ -72,7 +74,7 @@ class Drawn:
 
 @dataclass(frozen=True, kw_only=True)
 class Description:
-    """What a client needs to know of the served version."""
+    """What a client needs to know of the served version; of no classes, it takes prompts."""
 
     model: str
     version: str
@@ -93,24 +95,42 @@ class Loaded:
         """All orders, those of one number of steps in one batch; what cannot be drawn, and why."""
         results: dict[int, Drawn | InvalidInputError] = {}
         groups: dict[int, list[int]] = defaultdict(list)
+        subjects: dict[int, Subject] = {}
         for index, order in enumerate(orders):
             try:
-                self.generator.check_label(order.label, "class")
+                subjects[index] = self._subject(order)
             except InvalidInputError as error:
                 results[index] = error
             else:
                 groups[order.steps or self.generator.default_steps].append(index)
         for steps, group in groups.items():
-            images = self._images([orders[index] for index in group], steps)
+            asked = [(subjects[index], orders[index]) for index in group]
+            images = self._images(asked, steps)
             for index, drawn in zip(group, images, strict=True):
                 results[index] = drawn
         return [results[index] for index in range(len(orders))]
 
-    def _images(self, orders: Sequence[Order], steps: int) -> list[Drawn]:
-        labels = [order.label for order in orders for _ in order.seeds]
-        seeds = [seed for order in orders for seed in order.seeds]
-        images = self.generator.generate(labels, seeds, steps).permute(0, 2, 3, 1).numpy()
-        ends = np.cumsum([order.count for order in orders])[:-1]
+    def _subject(self, order: Order) -> Subject:
+        """Class or prompt, whichever the model takes.
+
+        Raises:
+            InvalidInputError: it is missing, the other one is there, or the model cannot draw it.
+        """
+        prompts = self.generator.takes_prompts
+        taken, other = (order.prompt, order.label) if prompts else (order.label, order.prompt)
+        for subject in (other, taken):
+            if subject is not None:
+                self.generator.check(subject, "class")
+        field, remedy = ("prompt", "Say what to draw") if prompts else ("class", "Say which")
+        if taken is None:
+            raise InvalidInputError(field, None, "Field required", remedy)
+        return taken
+
+    def _images(self, asked: Sequence[tuple[Subject, Order]], steps: int) -> list[Drawn]:
+        subjects: Any = [subject for subject, order in asked for _ in order.seeds]
+        seeds = [seed for _, order in asked for seed in order.seeds]
+        images = self.generator.generate(subjects, seeds, steps).permute(0, 2, 3, 1).numpy()
+        ends = np.cumsum([order.count for _, order in asked])[:-1]
         return [
             Drawn(
                 version=self.version.number,

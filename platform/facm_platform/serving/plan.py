@@ -57,11 +57,14 @@ class ServePlan:
         """What would be served, and how."""
         config, generator = self.config, self.loaded.generator
         replicas = config.replicas
+        subject = f"{generator.num_classes} classes"
+        if generator.takes_prompts:
+            subject = f"by prompt of up to {config.limits.prompt} characters"
         device = "a GPU" if replicas.gpu else f"{replicas.cpus} CPUs"
         return (
             f"serve {self.loaded.version} ({config.alias}, sha256 {generator.sha256}) at "
             f"{self.address}\n"
-            f"images of shape {list(generator.image_shape)}, {generator.num_classes} classes; up "
+            f"images of shape {list(generator.image_shape)}, {subject}; up "
             f"to {config.limits.count} a request, {config.limits.steps} steps\n"
             f"{replicas.number} replicas with {device} each, batches of up to "
             f"{config.batching.images} images, a look at the alias every "

@@ -1,6 +1,7 @@
 """The process that takes requests: checks them, has them drawn, and asks again if a replica dies.
 
-A generation is a pure function of version, class, seed and steps, so that it may be done twice.
+A generation is a pure function of version, class or prompt, seed and steps, so that it may be done
+twice.
 """
 
 # Annotations are evaluated here: FastAPI needs the request's schema, which each service makes.
@@ -174,7 +175,13 @@ def _add_drawing(app: FastAPI, service: Service, config: ServeConfig, guard: lis
 
 async def _answer(service: Service, model: str, request: contract.Request) -> Response:
     seed = secrets.randbelow(2**32) if request.seed is None else request.seed
-    order = Order(label=request.label, seed=seed, count=request.count, steps=request.steps)
+    order = Order(
+        label=request.label,
+        prompt=request.prompt,
+        seed=seed,
+        count=request.count,
+        steps=request.steps,
+    )
     try:
         drawn = await service.draw(order)
         return await asyncio.to_thread(contract.encode, model, order, drawn, request.format)
@@ -227,7 +234,9 @@ def _add_looking(app: FastAPI, service: Service, config: ServeConfig, guard: lis
             model=described.model,
             version=described.version,
             sha256=described.sha256,
-            classes=described.num_classes,
+            takes="class" if described.num_classes else "prompt",
+            classes=described.num_classes or None,
+            max_prompt=None if described.num_classes else config.limits.prompt,
             image_shape=list(described.image_shape),
             recommended_steps=list(described.recommended_steps),
             max_steps=config.limits.steps,
@@ -275,14 +284,7 @@ def _add_looking(app: FastAPI, service: Service, config: ServeConfig, guard: lis
         described = await served()
         if isinstance(described, Response):
             return described
-        return JSONResponse(_with_classes(app.openapi(), described.num_classes))
-
-
-def _with_classes(schema: dict[str, Any], classes: int) -> dict[str, Any]:
-    """The schema with the classes of the version in service, which another one may change."""
-    request = schema["components"]["schemas"]["GenerateRequest"]
-    request["properties"]["class"]["maximum"] = classes - 1
-    return schema
+        return JSONResponse(contract.of_version(app.openapi(), described))
 
 
 def _handle_errors(app: FastAPI) -> None:

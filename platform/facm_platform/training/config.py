@@ -265,7 +265,8 @@ class ValidationConfig:
     Attributes:
         extractor: Kind of the feature extractor, as jobs/evaluate.py takes it.
         features_uri: Its address.
-        samples: Number of samples; a multiple of the number of classes.
+        samples: Number of samples; a multiple of the number of classes. Those of a set with texts
+            are of the texts of its rows.
         nfe: Step counts at which it is measured; the first one decides which checkpoints are best.
         batch_size: Samples at once: memory and speed only.
         seed: Of all noise; the same for every checkpoint.

@@ -10,10 +10,14 @@ import torch
 from mlflow.exceptions import MlflowException
 from requests import RequestException
 
+from facm_core.models import Condition
+from facm_core.models.base import select_rows
 from facm_core.pixels import quantise
 from facm_platform.evaluation.measured import Shown
 from facm_platform.evaluation.protocol import SEED_STRIDE
+from facm_platform.evaluation.real import DecodedSet
 from facm_platform.evaluation.sheet import Group, draw_sheet
+from facm_platform.latents import LatentManifest
 from facm_platform.latents.autoencoder import autoencoder_of
 from facm_platform.registry import load_artifact
 from facm_platform.registry.generator import latent_sampler
@@ -25,9 +29,14 @@ logger = logging.getLogger(__name__)
 
 SHEETS = "samples"
 """Artifact folder of a run: ``student_nfe1_images000000025600.png``, ``teacher_nfe50.png``."""
-SHEET_CLASSES, SHEET_SAMPLES = 10, 3
+SHEET_CLASSES = 10
 
 ShownBySteps = dict[int, Shown]
+
+
+def sheet_samples(manifest: LatentManifest) -> int:
+    """Images of a class on a sheet; of a row with a text there is one."""
+    return 3 if manifest.num_classes else 1
 
 
 def log_sheets(task: TrainingTask, images_seen: int, shown: ShownBySteps) -> None:
@@ -41,23 +50,23 @@ def log_sheets(task: TrainingTask, images_seen: int, shown: ShownBySteps) -> Non
         shown: Its images, by steps.
     """
     assert task.run_id is not None
-    client = new_client(task.tracking_uri)
+    client, columns = new_client(task.tracking_uri), sheet_samples(task.stream.manifest)
     try:
         with tempfile.TemporaryDirectory(prefix="facm-sheets-") as folder:
             for steps, images in shown.items():
                 name = f"student_nfe{steps}_images{images_seen:012d}.png"
-                _draw(Path(folder, name), "student", steps, images)
+                _draw(Path(folder, name), "student", steps, images, columns)
             known = list_artifacts(client, task.run_id, SHEETS)
             if task.teacher_uri is not None and not any("/teacher" in name for name in known):
                 steps, images = _of_teacher(task, next(iter(shown.values())))
-                _draw(Path(folder, f"teacher_nfe{steps}.png"), "teacher", steps, images)
+                _draw(Path(folder, f"teacher_nfe{steps}.png"), "teacher", steps, images, columns)
             client.log_artifacts(task.run_id, folder, SHEETS)
     except (MlflowException, RequestException, OSError) as error:
         logger.warning("the samples at %d images are not in MLflow: %s", images_seen, error)
 
 
 def _of_teacher(task: TrainingTask, like: Shown) -> tuple[int, Shown]:
-    """Its steps and its images of the noise and the labels that the student got."""
+    """Its steps and its images of the noise and the labels or texts that the student got."""
     assert task.teacher_uri is not None
     assert task.validation is not None
     manifest, validation = task.stream.manifest, task.validation
@@ -65,16 +74,25 @@ def _of_teacher(task: TrainingTask, like: Shown) -> tuple[int, Shown]:
     artifact = load_artifact(task.teacher_uri)
     steps = max(artifact.config.recommended_nfe)
     sample = latent_sampler(artifact, device, torch.float32)
-    # With balanced labels, sample i has label i mod classes.
+    # With balanced labels, sample i has label i mod classes; of a row with a text there is one.
     indices = [number * manifest.num_classes + label for label, number in like]
     seeds = [validation.seed * SEED_STRIDE + index for index in indices]
     with torch.no_grad():
-        latents = sample(seeds, torch.tensor([label for label, _ in like]), steps)
+        latents = sample(seeds, _condition(task, [label for label, _ in like]), steps)
         images = quantise(autoencoder_of(manifest).to(device, torch.float32).decode(latents)).cpu()
     return steps, dict(zip(like, images, strict=True))
 
 
-def _draw(path: Path, heading: str, steps: int, images: Shown) -> None:
+def _condition(task: TrainingTask, labels: list[int]) -> Condition:
+    """These labels, or the texts of these rows."""
+    manifest, rows = task.stream.manifest, max(labels) + 1
+    if manifest.num_classes:
+        return torch.tensor(labels)
+    (texts,) = DecodedSet(task.stream.uri, manifest).conditions(0, rows, rows)
+    return select_rows(texts, torch.tensor(labels))
+
+
+def _draw(path: Path, heading: str, steps: int, images: Shown, columns: int) -> None:
     subheading = f"{steps} step" if steps == 1 else f"{steps} steps"
     classes = 1 + max(label for label, _ in images)
-    draw_sheet(path, [Group(heading, subheading, images)], classes, SHEET_SAMPLES)
+    draw_sheet(path, [Group(heading, subheading, images)], classes, columns)

@@ -12,16 +12,16 @@ from facm_core.metrics import distance_with_error
 from facm_platform import storage
 from facm_platform.evaluation.engine import Evaluator, View, Workload
 from facm_platform.evaluation.extractors import load_extractor
-from facm_platform.evaluation.protocol import Protocol
+from facm_platform.evaluation.protocol import Protocol, label_policy
 from facm_platform.evaluation.reference import find_reference, reference_name
 from facm_platform.tracking import MetricSender
 from facm_platform.training.config import error_name, fid_name
 from facm_platform.training.export import export
 from facm_platform.training.sheets import (
     SHEET_CLASSES,
-    SHEET_SAMPLES,
     ShownBySteps,
     log_sheets,
+    sheet_samples,
 )
 from facm_platform.training.task import TrainingTask
 
@@ -93,6 +93,7 @@ def distances(
         reference_sha256=file.sha256,
         samples=config.samples,
         seed=config.seed,
+        label_policy=label_policy(stream.manifest, None),
         resize=extractor.resize,
         precision=extractor.precision,
     )
@@ -104,7 +105,7 @@ def distances(
             kind=config.extractor,
             features_uri=extractor.uri,
             shown_classes=0 if shown is None else SHEET_CLASSES,
-            shown_samples=0 if shown is None else SHEET_SAMPLES,
+            shown_samples=0 if shown is None else sheet_samples(stream.manifest),
             # Of those that may make the reference, which others may share.
             keep=protocol.kept_features,
             batch_size=config.batch_size,
