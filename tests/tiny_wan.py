@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from diffusers import WanTransformer3DModel
+from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import Unigram
@@ -85,6 +86,22 @@ def write_text_encoder(folder: Path, prompts: Sequence[str], *, seed: int = 0) -
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         UMT5EncoderModel(config).save_pretrained(folder / "text_encoder")
+
+
+def wan_vae(**changes: Any) -> AutoencoderKLWan:
+    """A tiny random autoencoder in the architecture of Wan 2.1; of images of twice `SHAPE`."""
+    config = {
+        "base_dim": 4,
+        "z_dim": SHAPE[0],
+        "dim_mult": [1, 2],
+        "num_res_blocks": 1,
+        "temperal_downsample": [True],
+        "latents_mean": [0.1, -0.2, 0.3, 0.0],
+        "latents_std": [0.5, 0.6, 0.4, 0.7],
+    }
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return AutoencoderKLWan(**config | changes)
 
 
 def wan(seed: int) -> WanTransformer3DModel:

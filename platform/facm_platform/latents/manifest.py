@@ -74,7 +74,7 @@ class LatentManifest(RowFormat):
     Attributes:
         rows: Rows over all parts.
         mean: Per channel, over every row (and its mirror image, where there is one), of the
-            latents as a network sees them.
+            latents as a network sees them; or the autoencoder's or the teacher's own.
         std: Population standard deviation per channel, over the same.
         autoencoder_id: ``identity`` or the address of the weights.
         autoencoder_sha256: Hash of that autoencoder.
@@ -129,17 +129,18 @@ class LatentManifest(RowFormat):
         made: Iterable[tuple[Part, ChannelStatistics]],
         **fields: Any,
     ) -> LatentManifest:
-        """The manifest of the given parts, whose statistics are merged; other fields are given."""
+        """The manifest of the given parts, whose statistics are merged; other fields are given,
+        among them `mean` and `std` where those of the rows are not used.
+        """
         parts = []
         statistics = ChannelStatistics.empty(format.latent_shape[0])
         for part, of_part in made:
             parts.append(part)
             statistics = statistics.merge(of_part)
-        computed: dict[str, Any] = {
-            "rows": sum(part.rows for part in parts),
-            "mean": tuple(statistics.mean.tolist()),
-            "std": tuple(statistics.std().tolist()),
-        }
+        computed: dict[str, Any] = {"rows": sum(part.rows for part in parts)}
+        if "std" not in fields:
+            computed["mean"] = tuple(statistics.mean.tolist())
+            computed["std"] = tuple(statistics.std().tolist())
         return LatentManifest(
             **{f.name: getattr(format, f.name) for f in dataclasses.fields(RowFormat)},
             **computed | fields,
