@@ -56,14 +56,16 @@ class Autoencoder(Protocol):
         id: The name it was loaded by.
         sha256: Hash of everything that determines its outputs (weights and configuration).
         stochastic: Whether its moments have a log-variance.
-        normalisation: Mean and deviation of each channel, under which the networks that go with
-            it were trained; None: those of the latents at hand are used.
     """
 
     id: str
     sha256: str
     stochastic: bool
-    normalisation: tuple[Floats, Floats] | None
+
+    @property
+    def normalisation(self) -> tuple[Floats, Floats] | None:
+        """Mean and deviation of each channel, under which the networks that go with it were
+        trained; None: those of the latents at hand are used."""
 
     def latent_shape(self, image_shape: ImageShape) -> ImageShape:
         """Shape of one latent, given the shape of one image.
@@ -88,7 +90,7 @@ class IdentityAutoencoder:
     id = "identity"
     sha256 = hashlib.sha256(b"identity").hexdigest()
     stochastic = False
-    normalisation: tuple[Floats, Floats] | None = None
+    normalisation = None
 
     def latent_shape(self, image_shape: ImageShape) -> ImageShape:
         """The image's own shape."""
@@ -214,6 +216,7 @@ class WanAutoencoder(KLAutoencoder):
         InvalidInputError: its configuration holds no usable normalisation.
     """
 
+    normalisation: tuple[Floats, Floats]
     # Patches are cut before the first weight.
     _HASHED = ("patch_size",)
 

@@ -1,4 +1,4 @@
-"""A tiny Wan as diffusers would save it, and latents with texts for it."""
+"""A tiny pipeline of Wan as diffusers would save it, and latents with texts for it."""
 
 from __future__ import annotations
 
@@ -26,13 +26,20 @@ from facm_platform.latents.tables import RowFormat
 from facm_platform.latents.writer import write_part
 
 SHAPE, TEXT = (4, 4, 4), (5, 12)
+SIDE = 8
+"""Pixels of the side of an image whose latent has `SHAPE`."""
+MEAN, STD = (0.1, -0.2, 0.3, 0.0), (0.5, 0.6, 0.4, 0.7)
+FLOW_SHIFT = 3.0
+"""Of the scheduler, in noise levels."""
+WORDS = ["a handwritten digit", "one two three four"]
 
 
 def write_texts(folder: Path, rows: int = 64) -> LatentManifest:
     """Latents that are told by their prompts, and a null prompt."""
     random = np.random.default_rng(0)
     text = random.normal(size=(rows, *TEXT)).astype(np.float16)
-    latents = np.einsum("nld,dchw->nchw", text, random.normal(size=(TEXT[1], *SHAPE))) + 1
+    latents = np.einsum("nld,dchw->nchw", text, random.normal(size=(TEXT[1], *SHAPE)))
+    latents = latents / latents.std() * np.reshape(STD, (4, 1, 1)) + np.reshape(MEAN, (4, 1, 1))
     format = RowFormat(latent_shape=SHAPE, latent_dtype="float32", text_shape=TEXT)
     table = format.table(
         {
@@ -45,6 +52,8 @@ def write_texts(folder: Path, rows: int = 64) -> LatentManifest:
     manifest = LatentManifest.of(
         format,
         [write_part(str(folder), part_name(0), [table], format)],
+        mean=MEAN,
+        std=STD,
         autoencoder_id="identity",
         autoencoder_sha256="0" * 64,
         encoding_sha256="0" * 64,
@@ -96,8 +105,8 @@ def wan_vae(**changes: Any) -> AutoencoderKLWan:
         "dim_mult": [1, 2],
         "num_res_blocks": 1,
         "temperal_downsample": [True],
-        "latents_mean": [0.1, -0.2, 0.3, 0.0],
-        "latents_std": [0.5, 0.6, 0.4, 0.7],
+        "latents_mean": list(MEAN),
+        "latents_std": list(STD),
     }
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -126,11 +135,16 @@ def wan(seed: int) -> WanTransformer3DModel:
 
 
 def write_pipeline(folder: Path, *, boundary: float | None) -> list[WanTransformer3DModel]:
-    """What `jobs/import_wan.py` reads of a pipeline; with a boundary, two experts."""
+    """A whole pipeline; with a boundary, of two experts, which are given back."""
     networks = [wan(seed) for seed in ((1,) if boundary is None else (1, 2))]
     for name, network in zip(("transformer", "transformer_2"), networks, strict=False):
         # In several files, as large networks are.
         network.save_pretrained(folder / name, max_shard_size="60KB")
+    wan_vae().save_pretrained(folder / "vae")
+    write_text_encoder(folder, WORDS)
+    (folder / "scheduler").mkdir()
+    scheduler = {"_class_name": "UniPCMultistepScheduler", "flow_shift": FLOW_SHIFT}
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler))
     (folder / "model_index.json").write_text(json.dumps({"boundary_ratio": boundary}))
     return networks
 

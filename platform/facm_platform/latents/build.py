@@ -15,8 +15,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Protocol, cast
 
 import numpy as np
@@ -31,6 +31,7 @@ from facm_platform.config import JobResult
 from facm_platform.config.sections import RunConfig
 from facm_platform.latents._ray_data import ordered_and_quiet
 from facm_platform.latents.manifest import (
+    GIVEN,
     MANIFEST,
     LatentManifest,
     Part,
@@ -259,6 +260,8 @@ class SetBuild:
             mean, std = self.normalisation
             if self.is_of_rows:
                 _check_given(mean, std, LatentManifest.of(self.format, made, **fields))
+            else:
+                fields["created_by"] += GIVEN
             fields |= {"mean": mean, "std": std}
         return LatentManifest.of(self.format, made, **fields)
 
@@ -401,6 +404,7 @@ class BuildPlan:
         build: The set to be.
         what: What goes into it, in a few words.
         made: The set, if it is there already.
+        made_from: Further lineage tags of the run.
     """
 
     job: str
@@ -409,6 +413,7 @@ class BuildPlan:
     build: SetBuild
     what: str
     made: LatentManifest | None
+    made_from: Mapping[str, str] = field(default_factory=dict)
 
     def describe(self) -> str:
         """What `execute` would do, in a line."""
@@ -424,7 +429,9 @@ class BuildPlan:
         """Make the set, unless it is there already; either way under an MLflow run."""
         print(self.describe(), flush=True)
         store = connect_store(self.run.tracking, embedded_root(self.run.storage_uri))
-        with open_run(store, self.run.name, job=self.job, config=self.config) as tracked:
+        with open_run(
+            store, self.run.name, job=self.job, config=self.config, tags=self.made_from
+        ) as tracked:
             manifest = self.made or self.build.run(self.job)
             metrics = {
                 "rows": float(manifest.rows),

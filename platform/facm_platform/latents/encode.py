@@ -165,6 +165,7 @@ def prepare(config: EncodeConfig) -> BuildPlan:
         build=build,
         what=f"{source.id} by {autoencoder.id}",
         made=build.finished(),
+        made_from={"text_encoder_sha256": encoder.sha256} if encoder else {},
     )
 
 

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 MANIFEST = "manifest.json"
 SCHEMA_VERSION = 1
+GIVEN = ", given normalisation"
+"""Ends `created_by` of a set whose normalisation is not of its rows."""
 
 _RESTORE = "Restore the file, or encode the set again with jobs/encode.py and overwrite=true"
 
@@ -80,7 +82,7 @@ class LatentManifest(RowFormat):
         autoencoder_sha256: Hash of that autoencoder.
         parts: In the order of the rows.
         encoding_sha256: Hash of all that determines the contents; equal ones need no new encoding.
-        created_by: Tool and version.
+        created_by: Tool and version, and whether the normalisation was given.
         class_names: Meaning of the labels, where it is known.
         quarantined: Inputs that could not be read.
     """
