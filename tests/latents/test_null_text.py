@@ -37,3 +37,13 @@ def test_one_that_is_missing_or_damaged(tmp_path: Path) -> None:
     (tmp_path / NULL_TEXT).unlink()
     with pytest.raises(InvalidInputError, match=r"no null prompt: there is no .* NullText\.save"):
         NullText.load(str(tmp_path), manifest)
+
+
+def test_its_bytes_are_the_same_every_time(tmp_path: Path) -> None:
+    manifest = write_texts(tmp_path)
+    null = NullText(torch.ones(5, 12), torch.ones(5), "s3://models/wan", "0" * 64)
+    assert len({null.sha256 for _ in range(20)}) == 1
+    null.save(str(tmp_path))
+    again = NullText.load(str(tmp_path), manifest)
+    assert (again.encoder_id, again.encoder_sha256) == ("s3://models/wan", "0" * 64)
+    assert again.sha256 == null.sha256
