@@ -1,4 +1,4 @@
-"""Published weights of KL autoencoders, as diffusers' ``AutoencoderKL``: every key or none.
+"""Published weights of KL autoencoders, as diffusers' modules: every key or none.
 
 They are published in two layouts: diffusers' own folder, and the checkpoint of latent diffusion
 (CompVis/latent-diffusion, ``ldm/modules/diffusionmodules/model.py``), which LightningDiT's VA-VAE
@@ -18,6 +18,9 @@ from torch import Tensor
 
 from facm_core.checkpoints import LoadReport, misfits, read_checkpoint
 from facm_core.errors import InvalidInputError, require
+
+WAN = "AutoencoderKLWan"
+_CLASSES = ("AutoencoderKL", WAN)
 
 _FOLDER_WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -56,7 +59,8 @@ _LDM_NAMES = {
 
 
 def read_diffusers_folder(path: Path, field: str) -> tuple[Any, LoadReport]:
-    """The ``AutoencoderKL`` in a folder as diffusers saves it, or in its subfolder ``vae``.
+    """The ``AutoencoderKL`` or ``AutoencoderKLWan`` in a folder as diffusers saves it, or in its
+    subfolder ``vae``.
 
     Raises:
         InvalidInputError: a file is missing or of another kind, or the weights do not fit the
@@ -64,14 +68,14 @@ def read_diffusers_folder(path: Path, field: str) -> tuple[Any, LoadReport]:
     """
     folder = path if (path / "config.json").is_file() else path / "vae"
     problem = "neither it nor its subfolder vae has a config.json"
-    remedy = "Give a folder as diffusers saves an AutoencoderKL"
+    remedy = f"Give a folder as diffusers saves an {' or '.join(_CLASSES)}"
     require((folder / "config.json").is_file(), field, str(path), problem, remedy)
     try:
         config = dict(json.loads((folder / "config.json").read_text()))
     except (TypeError, ValueError) as error:
         raise InvalidInputError(field, str(path), "config.json is no object", remedy) from error
     kind = config.get("_class_name")
-    require(kind == "AutoencoderKL", field, str(path), f"config.json describes a {kind}", remedy)
+    require(kind in _CLASSES, field, str(path), f"config.json describes a {kind}", remedy)
     weights = read_checkpoint(folder / _FOLDER_WEIGHTS, field)
     old = any(".query." in key for key in weights)
 
@@ -80,7 +84,7 @@ def read_diffusers_folder(path: Path, field: str) -> tuple[Any, LoadReport]:
             name = name.replace(f".{today}.", f".{before}.")
         return name
 
-    module = _build(config, weights, name_in_file, path, field)
+    module = _build(str(kind), config, weights, name_in_file, path, field)
     return module, LoadReport(source=_FOLDER_WEIGHTS, loaded=len(weights), left_in_file=())
 
 
@@ -115,7 +119,7 @@ def read_ldm_file(path: Path, field: str) -> tuple[Any, LoadReport]:
         key: value[:, :, 0, 0] if ".attn" in key and value.shape[2:] == (1, 1) else value
         for key, value in weights.items()
     }
-    module = _build(config, linear, name_in_file, path, field)
+    module = _build(_CLASSES[0], config, linear, name_in_file, path, field)
     left = state.keys() - weights.keys()
     if source:
         left |= {str(key) for key in content if key != source}
@@ -155,23 +159,25 @@ def _ldm_config(weights: Mapping[str, Tensor], path: Path, field: str) -> dict[s
 
 
 def _build(
+    kind: str,
     config: dict[str, Any],
     weights: Mapping[str, Tensor],
     name_in_file: Callable[[str], str],
     path: Path,
     field: str,
 ) -> Any:
-    """The ``AutoencoderKL`` of `config` with float32 copies of `weights`, each of them needed."""
+    """The autoencoder of `config` with float32 copies of `weights`, each of them needed."""
     try:
-        from diffusers import AutoencoderKL
+        import diffusers
     except ImportError as error:
         problem = "diffusers is needed to compute it, and is not installed"
         raise InvalidInputError(field, str(path), problem, "Install diffusers") from error
-    remedy = "Give the configuration of an AutoencoderKL, or install a diffusers that knows it"
+    remedy = f"Give the configuration of an {kind}, or install a diffusers that knows it"
     try:
         with torch.device("meta"):  # No weights are drawn at random only to be replaced.
-            built = cast(Any, AutoencoderKL).from_config(config, return_unused_kwargs=True)
-    except (TypeError, ValueError) as error:
+            cls = getattr(cast(Any, diffusers), kind)
+            built = cls.from_config(config, return_unused_kwargs=True)
+    except (AttributeError, TypeError, ValueError) as error:
         problem = f"diffusers cannot build its configuration: {error}"
         raise InvalidInputError(field, str(path), problem, remedy) from error
     module, unused = built

@@ -1,6 +1,6 @@
 """Image <-> latent: the interface, pixels as their own latents, and KL autoencoders.
 
-No scaling factor appears anywhere: latents are the autoencoder's own, and whoever trains on them
+No scaling factor is applied anywhere: latents are the autoencoder's own, and whoever trains on them
 normalises them with the mean and deviation in the manifest of their latent set.
 """
 
@@ -9,19 +9,22 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor, nn
 
-from facm_core.autoencoder_files import read_diffusers_folder, read_ldm_file
+from facm_core.autoencoder_files import WAN, read_diffusers_folder, read_ldm_file
 from facm_core.checkpoints import LoadReport
 from facm_core.errors import InvalidInputError, require
 
 ImageShape = tuple[int, int, int]
 """Channels, height, width."""
+
+Floats = tuple[float, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +62,11 @@ class Autoencoder(Protocol):
     sha256: str
     stochastic: bool
 
+    @property
+    def normalisation(self) -> tuple[Floats, Floats] | None:
+        """Mean and deviation of each channel, under which the networks that go with it were
+        trained; None: those of the latents at hand are used."""
+
     def latent_shape(self, image_shape: ImageShape) -> ImageShape:
         """Shape of one latent, given the shape of one image.
 
@@ -82,6 +90,7 @@ class IdentityAutoencoder:
     id = "identity"
     sha256 = hashlib.sha256(b"identity").hexdigest()
     stochastic = False
+    normalisation = None
 
     def latent_shape(self, image_shape: ImageShape) -> ImageShape:
         """The image's own shape."""
@@ -110,31 +119,49 @@ class KLAutoencoder:
     """
 
     stochastic = True
+    normalisation: tuple[Floats, Floats] | None = None
+    # The rest of the configuration either shows in the names and shapes of the weights or, as the
+    # scaling factor, bears on no output.
+    _HASHED: tuple[str, ...] = ("act_fn", "norm_num_groups", "down_block_types", "up_block_types")
 
     def __init__(self, id: str, module: Any, report: LoadReport) -> None:
         self.id = id
         self.report = report
-        self.sha256 = _sha256(module)
+        self.sha256 = _sha256(module, self._HASHED)
         self._module = module.eval().requires_grad_(False)
 
+    @property
+    def image_channels(self) -> int:
+        """C of an image."""
+        return int(self._module.config.in_channels)
+
+    @property
+    def latent_channels(self) -> int:
+        """c of a latent."""
+        return int(self._module.config.latent_channels)
+
+    @property
+    def stride(self) -> int:
+        """By how much it reduces height and width: every level but the last halves them."""
+        return int(2 ** (len(self._module.config.block_out_channels) - 1))
+
     def latent_shape(self, image_shape: ImageShape) -> ImageShape:
-        """Shape of one latent: every level but the last halves height and width.
+        """Shape of one latent: height and width reduced by `stride`.
 
         Raises:
-            InvalidInputError: other channels than the autoencoder's, or sides that cannot be
-                halved that often.
+            InvalidInputError: other channels than the autoencoder's, or sides that are no multiples
+                of the stride.
         """
-        config = self._module.config
         channels, height, width = image_shape
-        factor = 2 ** (len(config.block_out_channels) - 1)
-        problem = f"{self.id} encodes images of {config.in_channels} channels"
-        remedy = f"Give images of {config.in_channels} channels"
-        require(channels == config.in_channels, "image_shape", image_shape, problem, remedy)
-        problem = f"{self.id} reduces height and width {factor} times"
-        remedy = f"Resize or crop the images to multiples of {factor}"
-        fits = height % factor == 0 and width % factor == 0
+        stride, wanted = self.stride, self.image_channels
+        problem = f"{self.id} encodes images of {wanted} channels"
+        remedy = f"Give images of {wanted} channels"
+        require(channels == wanted, "image_shape", image_shape, problem, remedy)
+        problem = f"{self.id} reduces height and width {stride} times"
+        remedy = f"Resize or crop the images to multiples of {stride}"
+        fits = height % stride == 0 and width % stride == 0
         require(fits, "image_shape", image_shape, problem, remedy)
-        return config.latent_channels, height // factor, width // factor
+        return self.latent_channels, height // stride, width // stride
 
     def encode(self, images: Tensor) -> Moments:
         """Images (B, C, H, W) to moments (B, c, h, w); the log-variance lies in [-30, 20].
@@ -145,20 +172,25 @@ class KLAutoencoder:
         _, channels, height, width = images.shape
         self.latent_shape((channels, height, width))
         with torch.inference_mode():
-            posterior = self._module.encode(images.to(self._module.dtype)).latent_dist
+            posterior = self._module.encode(self._in(images)).latent_dist
         # Copied out here, because autograd refuses the tensors that inference mode makes.
-        return Moments(
-            mean=posterior.mean.to(torch.float32, copy=True),
-            log_variance=posterior.logvar.to(torch.float32, copy=True),
-        )
+        return Moments(mean=self._out(posterior.mean), log_variance=self._out(posterior.logvar))
 
     def decode(self, latents: Tensor) -> Tensor:
         """Latents (B, c, h, w) to images (B, C, H, W), clipped to [-1, 1]."""
         with torch.inference_mode():
-            images = self._module.decode(latents.to(self._module.dtype)).sample
-        return images.float().clamp(-1.0, 1.0)
+            images = self._module.decode(self._in(latents)).sample
+        return self._out(images).clamp(-1.0, 1.0)
 
-    def to(self, device: torch.device | str, dtype: torch.dtype) -> KLAutoencoder:
+    def _in(self, values: Tensor) -> Tensor:
+        """As the module takes them."""
+        return values.to(self._module.dtype)
+
+    def _out(self, values: Tensor) -> Tensor:
+        """What the module gave, as a new float32 tensor (B, C, H, W)."""
+        return values.to(torch.float32, copy=True)
+
+    def to(self, device: torch.device | str, dtype: torch.dtype) -> Self:
         """A copy on `device` with its weights in `dtype`, under the same `sha256`.
 
         A narrower dtype rounds the copy's weights, and a wider one does not bring them back.
@@ -169,14 +201,80 @@ class KLAutoencoder:
         return other
 
 
+class WanAutoencoder(KLAutoencoder):
+    """diffusers' ``AutoencoderKLWan`` (arXiv 2503.20314, section 4.1), of Wan 2.1 or of 2.2's 5B.
+
+    An image is a video of one frame.
+
+    Args:
+        id: Its name.
+        module: The ``AutoencoderKLWan``, whose weights are float32.
+        report: Where its weights came from.
+        field: The one at fault in an error.
+
+    Raises:
+        InvalidInputError: its configuration holds no usable normalisation.
+    """
+
+    normalisation: tuple[Floats, Floats]
+    # Patches are cut before the first weight.
+    _HASHED = ("patch_size",)
+
+    def __init__(self, id: str, module: Any, report: LoadReport, field: str) -> None:
+        # Theirs rounds to float32; nothing is rounded by repeating a value.
+        for part in module.modules():
+            if type(part).__name__ == "WanUpsample":
+                part.__class__ = nn.Upsample
+        super().__init__(id, module, report)
+        self.normalisation = self._normalisation(field)
+
+    def _normalisation(self, field: str) -> tuple[Floats, Floats]:
+        config, channels = self._module.config, self.latent_channels
+        mean, std = (tuple(map(float, config[f"latents_{name}"])) for name in ("mean", "std"))
+        for name, values, fits in (
+            ("mean", mean, all(map(math.isfinite, mean))),
+            ("std", std, all(math.isfinite(value) and value > 0 for value in std)),
+        ):
+            problem = f"latents_{name} of its configuration is not one such number for each channel"
+            remedy = "Restore the published config.json"
+            require(fits and len(values) == channels, field, self.id, problem, remedy)
+        return mean, std
+
+    @property
+    def image_channels(self) -> int:
+        """Those of the first convolution, which sees patches."""
+        return int(self._module.config.in_channels) // self._patch**2
+
+    @property
+    def latent_channels(self) -> int:
+        """16 for Wan 2.1, 48 for 2.2's 5B."""
+        return int(self._module.config.z_dim)
+
+    @property
+    def stride(self) -> int:
+        """8 for Wan 2.1; 16, patches included, for 2.2's 5B."""
+        return int(2 ** (len(self._module.config.dim_mult) - 1)) * self._patch
+
+    @property
+    def _patch(self) -> int:
+        return int(self._module.config.patch_size or 1)
+
+    def _in(self, values: Tensor) -> Tensor:
+        return super()._in(values).unsqueeze(2)
+
+    def _out(self, values: Tensor) -> Tensor:
+        return super()._out(values).squeeze(2)
+
+
 def load_autoencoder(id: str, path: Path | None = None, field: str = "autoencoder") -> Autoencoder:
     """The autoencoder of that name, on the CPU and in float32.
 
     Args:
         id: ``identity``, or any name for the weights at `path`; it only becomes the `id`.
-        path: None for the identity. Else a folder as diffusers saves an ``AutoencoderKL`` (or a
-            pipeline, with it in ``vae/``), or one file in the layout of latent diffusion: a
-            ``.safetensors`` file, or a ``.pt`` or ``.ckpt`` file, whose code is never executed.
+        path: None for the identity. Else a folder as diffusers saves an ``AutoencoderKL`` or
+            ``AutoencoderKLWan`` (or a pipeline, with it in ``vae/``), or one file in the layout of
+            latent diffusion: a ``.safetensors`` file, or a ``.pt`` or ``.ckpt`` file, whose code is
+            never executed.
         field: The field at fault in an error about `id`; ``<field>_path`` is the one for `path`.
 
     Raises:
@@ -192,14 +290,14 @@ def load_autoencoder(id: str, path: Path | None = None, field: str = "autoencode
         remedy = "Use identity, or give the path of the autoencoder's folder or file"
         raise InvalidInputError(field, id, "it has weights, but no path leads to them", remedy)
     read = read_diffusers_folder if path.is_dir() else read_ldm_file
-    return KLAutoencoder(id, *read(path, f"{field}_path"))
+    module, report = read(path, f"{field}_path")
+    if type(module).__name__ == WAN:
+        return WanAutoencoder(id, module, report, f"{field}_path")
+    return KLAutoencoder(id, module, report)
 
 
-def _sha256(module: Any) -> str:
-    """Hash of the configuration and the weights, whatever file they came from."""
-    # The rest of the configuration either shows in the names and shapes of the weights or, as the
-    # scaling factor, bears on no output.
-    fields = ("act_fn", "norm_num_groups", "down_block_types", "up_block_types")
+def _sha256(module: Any, fields: tuple[str, ...]) -> str:
+    """Hash of these fields of the configuration and of the weights, whatever their file."""
     digest = hashlib.sha256(json.dumps([module.config[name] for name in fields]).encode())
     for name, weight in sorted(module.state_dict().items()):
         digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}\n".encode())

@@ -166,8 +166,7 @@ def load_text_encoder(
         import transformers
     except ImportError as error:
         raise _missing("transformers") from error
-    kind = json.loads((model / _CONFIG).read_text()).get("model_type")
-    require(kind == "umt5", field, str(model), f"it is a {kind}, not a UMT5", _REMEDY)
+    text_features(model, field)
     # Nothing is fetched, no code of the folder is run, nothing is unpickled.
     local: Any = {"local_files_only": True, "trust_remote_code": False}
     # Or it reports at length, to the terminal, what `found` says.
@@ -188,6 +187,18 @@ def load_text_encoder(
     problem = f"its weights are no whole UMT5 encoder: {', '.join(sorted(wrong))}"
     require(not wrong, field, str(model), problem, _REMEDY)
     return UMT5TextEncoder(id, sha256, words, module, tokens)
+
+
+def text_features(model: Path, field: str = "text_encoder") -> int:
+    """D of what a text encoder makes, which is not loaded; arguments: `load_text_encoder`.
+
+    Raises:
+        InvalidInputError: it is of another kind.
+    """
+    values = json.loads((model / _CONFIG).read_text())
+    kind = values.get("model_type")
+    require(kind == "umt5", field, str(model), f"it is a {kind}, not a UMT5", _REMEDY)
+    return int(values["d_model"])
 
 
 def text_encoder_sha256(model: Path, tokenizer: Path, field: str = "text_encoder") -> str:

@@ -11,7 +11,8 @@ if __name__ == "__main__":
         run_job(
             ImportWanConfig,
             prepare,
-            description="Make a teacher of Wan 2.1 or 2.2 for text to image, as diffusers saves it "
-            "(transformer, transformer_2, model_index.json), and of a latent set with texts.",
+            description="Make a teacher of a pipeline of Wan 2.1 or 2.2 for text to image, as "
+            "diffusers saves it: transformer, transformer_2, vae, text_encoder, tokenizer, "
+            "scheduler, model_index.json.",
         )
     )

@@ -1,4 +1,4 @@
-"""A tiny Wan as diffusers would save it, and latents with texts for it."""
+"""A tiny pipeline of Wan as diffusers would save it, and latents with texts for it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import WanTransformer3DModel
+from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -33,13 +33,20 @@ from facm_platform.registry import ArtifactConfig, load_artifact, save_artifact
 from tests.small import artifact_config
 
 SHAPE, TEXT = (4, 4, 4), (5, 12)
+SIDE = 8
+"""Pixels of the side of an image whose latent has `SHAPE`."""
+MEAN, STD = (0.1, -0.2, 0.3, 0.0), (0.5, 0.6, 0.4, 0.7)
+FLOW_SHIFT = 3.0
+"""Of the scheduler, in noise levels."""
+WORDS = ["a handwritten digit", "one two three four"]
 
 
 def write_texts(folder: Path, rows: int = 64) -> LatentManifest:
     """Latents that are told by their prompts, and a null prompt."""
     random = np.random.default_rng(0)
     text = random.normal(size=(rows, *TEXT)).astype(np.float16)
-    latents = np.einsum("nld,dchw->nchw", text, random.normal(size=(TEXT[1], *SHAPE))) + 1
+    latents = np.einsum("nld,dchw->nchw", text, random.normal(size=(TEXT[1], *SHAPE)))
+    latents = latents / latents.std() * np.reshape(STD, (4, 1, 1)) + np.reshape(MEAN, (4, 1, 1))
     format = RowFormat(latent_shape=SHAPE, latent_dtype="float32", text_shape=TEXT)
     table = format.table(
         {
@@ -52,6 +59,8 @@ def write_texts(folder: Path, rows: int = 64) -> LatentManifest:
     manifest = LatentManifest.of(
         format,
         [write_part(str(folder), part_name(0), [table], format)],
+        mean=MEAN,
+        std=STD,
         autoencoder_id=IdentityAutoencoder.id,
         autoencoder_sha256=IdentityAutoencoder.sha256,
         encoding_sha256="0" * 64,
@@ -88,6 +97,22 @@ def write_text_encoder(folder: Path, prompts: Sequence[str], *, seed: int = 0) -
         UMT5EncoderModel(config).save_pretrained(folder / "text_encoder")
 
 
+def wan_vae(**changes: Any) -> AutoencoderKLWan:
+    """A tiny random autoencoder in the architecture of Wan 2.1; of images of twice `SHAPE`."""
+    config = {
+        "base_dim": 4,
+        "z_dim": SHAPE[0],
+        "dim_mult": [1, 2],
+        "num_res_blocks": 1,
+        "temperal_downsample": [True],
+        "latents_mean": list(MEAN),
+        "latents_std": list(STD),
+    }
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return AutoencoderKLWan(**config | changes)
+
+
 def wan(seed: int) -> WanTransformer3DModel:
     """Random, without a weight at its zero start."""
     with torch.random.fork_rng(devices=[]):
@@ -110,11 +135,16 @@ def wan(seed: int) -> WanTransformer3DModel:
 
 
 def write_pipeline(folder: Path, *, boundary: float | None) -> list[WanTransformer3DModel]:
-    """What `jobs/import_wan.py` reads of a pipeline; with a boundary, two experts."""
+    """A whole pipeline; with a boundary, of two experts, which are given back."""
     networks = [wan(seed) for seed in ((1,) if boundary is None else (1, 2))]
     for name, network in zip(("transformer", "transformer_2"), networks, strict=False):
         # In several files, as large networks are.
         network.save_pretrained(folder / name, max_shard_size="60KB")
+    wan_vae().save_pretrained(folder / "vae")
+    write_text_encoder(folder, WORDS)
+    (folder / "scheduler").mkdir()
+    scheduler = {"_class_name": "UniPCMultistepScheduler", "flow_shift": FLOW_SHIFT}
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler))
     (folder / "model_index.json").write_text(json.dumps({"boundary_ratio": boundary}))
     return networks
 

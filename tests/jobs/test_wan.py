@@ -1,4 +1,4 @@
-"""Wan from a diffusers folder to a distilled pair of experts, on real workers."""
+"""Wan from its pipeline and a file of prompts to a distilled pair of experts, on real workers."""
 
 from __future__ import annotations
 
@@ -11,26 +11,45 @@ from mlflow import MlflowClient
 from safetensors.torch import load_file
 
 from facm_core.models.base import select_rows
-from facm_platform.latents import LatentStream, local_batches
+from facm_platform.latents import LatentManifest, LatentStream, local_batches
+from facm_platform.latents.null_text import NullText
 from facm_platform.registry import load_artifact
 from facm_platform.registry.artifact import WEIGHTS
 from tests.jobs.conftest import RunJob, last_line
-from tests.tiny_wan import write_pipeline, write_texts
+from tests.tiny_wan import SIDE, TEXT, write_pipeline
 
 BOUNDARY = 0.6
+PROMPTS = ["one", "two", "three", "four", "a digit", "a handwritten one", "two two", "three four"]
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_two_experts_are_imported_and_distilled(run_job: RunJob, tmp_path: Path) -> None:
-    manifest = write_texts(tmp_path / "set")
+def test_from_a_pipeline_and_prompts_to_a_student(run_job: RunJob, tmp_path: Path) -> None:
     experts = write_pipeline(tmp_path / "pipeline", boundary=BOUNDARY)
+    (tmp_path / "prompts.txt").write_text("".join(f"{words}\n" for words in PROMPTS))
     tracked = ["run.name=wan", f"run.tracking.uri=sqlite:///{tmp_path}/mlflow.db"]
-    done = run_job("import_wan", *tracked, "source_uri=pipeline", "data.uri=set", "output_uri=wan")
+    size = [f"height={SIDE}", f"width={SIDE}", f"tokens={TEXT[0]}"]
+    done = run_job("import_wan", *tracked, "source_uri=pipeline", *size, "output_uri=wan")
     assert done.returncode == 0, done.stderr
-
     teacher = load_artifact(str(tmp_path / "wan"))
     assert last_line(done.stdout)["artifact_uri"] == teacher.uri
+
+    done = run_job(
+        "synthesise",
+        *tracked,
+        "prompts_uri=prompts.txt",
+        "per_prompt=8",
+        "teacher.uri=wan",
+        "steps=8",
+        "sampling.scale=2",
+        "output_uri=set",
+        "part_rows=32",
+    )
+    assert done.returncode == 0, done.stderr
+    assert last_line(done.stdout)["metrics"] == {"rows": 64, "parts": 2, "quarantined": 0}
+    manifest = LatentManifest.load(str(tmp_path / "set"))
+    assert NullText.load(str(tmp_path / "set"), manifest).encoder_id == str(tmp_path / "pipeline")
+
     (batch,) = local_batches(LatentStream(str(tmp_path / "set"), manifest, 0), 0, 8, 8)
     t = torch.tensor([0.0, 0.39, 0.41, 0.9]).repeat(2)
     got = teacher.model(batch.latents, t, batch.condition)
@@ -65,6 +84,8 @@ def test_two_experts_are_imported_and_distilled(run_job: RunJob, tmp_path: Path)
     uri = Path(last_line(done.stdout)["artifact_uri"])
     student, stored = load_artifact(str(uri)), load_file(uri / WEIGHTS)
     assert student.config.teacher_sha256 == teacher.sha256
+    assert student.config.latent_manifest_sha256 == manifest.sha256
+    assert student.config.text_encoder_id == str(tmp_path / "pipeline")
     assert student.config.architecture == teacher.config.architecture
     held = student.model.state_dict()
     assert held.keys() == stored.keys() == teacher.model.state_dict().keys()

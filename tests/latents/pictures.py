@@ -90,6 +90,10 @@ class Place:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
 
-    def source(self, kind: str, name: str = "", **options: Any) -> ImageSource:
+    def source(
+        self, kind: str, name: str = "", *, texts: bool = False, **options: Any
+    ) -> ImageSource:
+        """With labels, or with texts."""
         uri = f"{self.uri}/{name}" if name else self.uri
-        return image_source(ImagesConfig(kind=kind, uri=uri, size=SIZE, **options), "data")
+        config = ImagesConfig(kind=kind, uri=uri, size=SIZE, **options)
+        return image_source(config, "data", labels=not texts, texts=texts)

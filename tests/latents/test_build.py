@@ -10,12 +10,15 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+import torch
 
 from facm_core.errors import InvalidInputError
 from facm_platform import storage
 from facm_platform.latents import LatentManifest, LatentStream
 from facm_platform.latents.build import BuildersConfig, Piece, RowReader, SetBuild
+from facm_platform.latents.inspection import stats
 from facm_platform.latents.manifest import Quarantined
+from facm_platform.latents.null_text import NULL_TEXT, NullText
 from facm_platform.latents.stream import read
 from facm_platform.latents.tables import RowFormat
 
@@ -24,11 +27,16 @@ FORMAT = RowFormat(latent_shape=(1, 2, 2), latent_dtype="float32", num_classes=3
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
 
-def reader(broken: tuple[int, ...] = (), fails_at: int = -1) -> Callable[[], RowReader]:
+def reader(
+    broken: tuple[int, ...] = (), fails_at: int = -1, null: NullText | None = None
+) -> Callable[[], RowReader]:
     """Rows that are a function of their number; pickled by value, as workers know no tests."""
     format = FORMAT
 
     class Numbers:
+        def null_text(self) -> NullText | None:
+            return null
+
         def rows(self, piece: Piece) -> Iterator[pa.Table | Quarantined]:
             for number in range(piece["start"], piece["stop"]):
                 if number == fails_at:
@@ -196,8 +204,35 @@ def test_of_two_that_finish_the_second_is_told(
 def test_given_statistics_must_be_those_of_such_rows(tmp_path: Path) -> None:
     computed = build(str(tmp_path / "computed"), reader()).run("encode")
     near = ((computed.mean[0] + 0.05,), (computed.std[0] * 1.05,))
-    made = build(str(tmp_path / "near"), reader(), normalisation=near).run("import")
+    made = build(str(tmp_path / "near"), reader(), normalisation=near, is_of_rows=True).run("it")
     assert (made.mean, made.std) == near
     for mean, std in (((computed.mean[0] + 0.2,), computed.std), (computed.mean, (2.0,))):
+        far = build(str(tmp_path / "far"), reader(), normalisation=(mean, std), is_of_rows=True)
         with pytest.raises(InvalidInputError, match=r"statistics = 'given': they differ"):
-            build(str(tmp_path / "far"), reader(), normalisation=(mean, std)).run("import")
+            far.run("import")
+    # Those of an autoencoder or a teacher are of other rows.
+    other = build(str(tmp_path / "other"), reader(), normalisation=((3.0,), (2.0,))).run("encode")
+    assert (other.mean, other.std) == ((3.0,), (2.0,))
+    assert other.created_by == "test, given normalisation"
+    assert stats(str(tmp_path / "other")).metrics["max_relative_difference"] > 1
+    for std in ((0.0,), (float("nan"),), (1.0, 1.0)):
+        with pytest.raises(InvalidInputError, match=r"std = .*: not"):
+            build(str(tmp_path / "odd"), reader(), normalisation=((3.0,), std)).run("encode")
+
+
+def test_a_null_prompt_is_of_the_set_beside_it(tmp_path: Path) -> None:
+    uri = str(tmp_path)
+    one, two = (NullText(torch.full((2, 3), value), torch.ones(2)) for value in (1.0, 2.0))
+    two.save(uri)
+    with pytest.raises(Exception, match="the disk is full"):
+        build(uri, reader(fails_at=0)).run("encode")
+    assert NULL_TEXT not in storage.list_files(uri)
+    build(uri, reader(null=one)).run("encode")
+    content = storage.read_bytes(storage.join(uri, NULL_TEXT))
+    assert content == one._content()
+    # One that was finished by another program in the meantime is left alone.
+    with pytest.raises(InvalidInputError, match="lies there by now"):
+        build(uri, reader(null=two), sha256="two").run("encode")
+    assert storage.read_bytes(storage.join(uri, NULL_TEXT)) == content
+    build(uri, reader(), sha256="two", overwrite=True).run("encode")
+    assert NULL_TEXT not in storage.list_files(uri)

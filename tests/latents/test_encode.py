@@ -15,13 +15,14 @@ from facm_platform import storage
 from facm_platform.config import load_config
 from facm_platform.config.sections import RunConfig
 from facm_platform.latents import LatentManifest, LatentStream, local_batches
-from facm_platform.latents.build import BuildersConfig
+from facm_platform.latents.build import BuildersConfig, SetBuild
 from facm_platform.latents.encode import EncodeConfig, prepare
 from facm_platform.latents.images import ImagesConfig
 from facm_platform.latents.images.pixels import decode
 from facm_platform.latents.stream import read
 from facm_platform.latents.tables import values_of
 from facm_platform.tracking import Store
+from tests.tiny_wan import MEAN, STD, wan_vae
 
 RUN = RunConfig(name="encode")
 SMALL: dict[str, Any] = {"part_rows": 700, "batch_size": 100}
@@ -234,6 +235,25 @@ def test_samples_depend_on_their_key_and_the_seed_alone(
     assert abs(np.mean(noise)) < 4 / np.sqrt(np.size(noise))
     assert abs(np.std(noise) - 1) < 4 / np.sqrt(2 * np.size(noise))
     assert np.abs(np.corrcoef(np.reshape(noise, (20, -1))) - np.eye(20)).max() < 0.4
+
+
+def test_wan_s_autoencoder_brings_its_normalisation(tmp_path: Path, photos: Path) -> None:
+    """No autoencoder else has one: their latents are normalised by their own statistics."""
+
+    def planned(**changes: Any) -> SetBuild:
+        wan_vae(**changes).save_pretrained(tmp_path / "vae")
+        source = ImagesConfig(kind="folder", uri=str(photos), size=16)
+        values = {"source": source, "autoencoder": str(tmp_path / "vae")}
+        return prepare(EncodeConfig(run=RUN, output_uri=str(tmp_path / "set"), **values)).build
+
+    build = planned()
+    assert build.format.latent_shape == (4, 8, 8)
+    assert (build.normalisation, build.is_of_rows) == ((MEAN, STD), False)
+    other = planned(latents_mean=[0.0, 0.0, 0.0, 0.0])
+    assert other.manifest["autoencoder_sha256"] == build.manifest["autoencoder_sha256"]
+    assert other.sha256 != build.sha256
+    digits = prepare(EncodeConfig(run=RUN, output_uri=str(tmp_path / "digits")))
+    assert digits.build.normalisation is None
 
 
 def test_moments_need_an_autoencoder_that_has_them(tmp_path: Path) -> None:

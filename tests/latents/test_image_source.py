@@ -41,12 +41,15 @@ def test_the_digits_are_those_of_scikit_learn() -> None:
         ({"kind": "folder", "uri": "x"}, "size = 0: kind=folder needs it"),
         ({"kind": "folder", "uri": "x", "size": -8}, "size = -8: negative"),
         ({"kind": "folder", "uri": "x", "size": 8, "num_classes": 2}, "num_classes = 2: kind=fol"),
-        ({"kind": "parquet", "uri": "x", "size": 8}, "num_classes = 0: kind=parquet needs it"),
-        ({"kind": "webdataset", "uri": "x", "size": 8}, "num_classes = 0: kind=webdataset needs"),
         ({"label_column": "cls"}, "label_column = 'cls': kind=digits has no use for it"),
+        ({"text_column": "text"}, "text_column = 'text': kind=digits has no use for it"),
         (
             {"kind": "parquet", "uri": "x", "size": 8, "num_classes": 2, "image_column": "label"},
             "label_column = 'label': the column of the images",
+        ),
+        (
+            {"kind": "parquet", "uri": "x", "size": 8, "text_column": "image"},
+            "text_column = 'image': the column of the images",
         ),
     ],
 )
@@ -54,6 +57,40 @@ def test_configurations_that_mean_nothing_are_refused(values: dict[str, Any], pr
     with pytest.raises(InvalidInputError) as caught:
         ImagesConfig(**values)
     assert str(caught.value).startswith(problem)
+
+
+LABELS, TEXTS = {"labels": True, "texts": False}, {"labels": False, "texts": True}
+
+
+@pytest.mark.parametrize(
+    ("kind", "values", "read", "problem"),
+    [
+        ("parquet", {}, LABELS, "num_classes = 0: kind=parquet needs it. Give num_classes"),
+        ("webdataset", {}, LABELS, "num_classes = 0: kind=webdataset needs it"),
+        ("webdataset", {"num_classes": 2}, TEXTS, "num_classes = 2: kind=webdataset has no use"),
+        ("parquet", {}, TEXTS, "text_column = '': kind=parquet needs it"),
+        ("parquet", {"num_classes": 2, "text_column": "a"}, LABELS, "text_column = 'a': kind=parq"),
+        (
+            "parquet",
+            {"text_column": "a", "label_column": "b"},
+            TEXTS,
+            "label_column = 'b': kind=parquet has no use for it",
+        ),
+    ],
+)
+def test_what_is_read_decides_what_must_be_given(
+    kind: str, values: dict[str, Any], read: dict[str, bool], problem: str
+) -> None:
+    config = ImagesConfig(kind=kind, uri="x", size=8, **values)
+    with pytest.raises(InvalidInputError) as caught:
+        image_source(config, "data", **read)
+    assert str(caught.value).startswith(f"data.{problem}")
+
+
+def test_digits_have_no_texts() -> None:
+    with pytest.raises(InvalidInputError, match=r"source\.kind = 'digits': there are no texts"):
+        image_source(ImagesConfig(), **TEXTS)
+    assert image_source(ImagesConfig(), labels=False).class_names == tuple("0123456789")
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,52 +15,59 @@ from safetensors.torch import save_file
 from facm_core.errors import InvalidInputError
 from facm_core.guidance import GuidanceConfig
 from facm_core.samplers import sample_noise
-from facm_platform.config.sections import DataConfig, RunConfig
-from facm_platform.evaluation.config import check_measure
-from facm_platform.latents import LatentManifest, LatentStream, local_batches
-from facm_platform.latents.null_text import NULL_TEXT, NullText
+from facm_platform.config.sections import RunConfig
+from facm_platform.latents.autoencoder import open_autoencoder
+from facm_platform.latents.null_text import NullText
+from facm_platform.latents.text_encoder import open_text_encoder
 from facm_platform.registry import load_artifact
-from facm_platform.registry.generator import Generator, latent_sampler
+from facm_platform.registry.generator import latent_sampler
 from facm_platform.registry.import_wan import ImportWanConfig, ImportWanPlan, prepare
 from facm_platform.tracking import Store
-from tests.small import write_digits
-from tests.tiny_wan import rewrite, write_pipeline, write_texts
+from tests.tiny_wan import (
+    FLOW_SHIFT,
+    MEAN,
+    SHAPE,
+    SIDE,
+    STD,
+    TEXT,
+    rewrite,
+    write_pipeline,
+)
 
 Prepare = Callable[..., ImportWanPlan]
 SHARD = "diffusion_pytorch_model-00001-of-00002.safetensors"
 PROJECTION = "proj_out.bias"
+BOUNDARY = 0.7
 
 
 @pytest.fixture
-def manifest(tmp_path: Path) -> LatentManifest:
-    return write_texts(tmp_path / "set")
-
-
-@pytest.fixture
-def prepared(tmp_path: Path, manifest: LatentManifest, store: Store) -> Prepare:
-    """``prepared(field=value)`` -> the plan of an import from ``pipeline`` and ``set``."""
+def prepared(tmp_path: Path, store: Store) -> Prepare:
+    """``prepared(field=value)`` -> the plan of an import from ``pipeline``."""
 
     def make(**changes: Any) -> ImportWanPlan:
         run = RunConfig(name="wan", storage_uri=str(tmp_path / "runs"))
-        folders: dict[str, Any] = {
+        values: dict[str, Any] = {
             "source_uri": str(tmp_path / "pipeline"),
-            "data": DataConfig(uri=str(tmp_path / "set")),
+            "height": SIDE,
+            "width": SIDE,
+            "tokens": TEXT[0],
             "output_uri": str(tmp_path / "teacher"),
         }
-        return prepare(ImportWanConfig(run=run, **folders | changes))
+        return prepare(ImportWanConfig(run=run, **values | changes))
 
     return make
 
 
 @pytest.mark.parametrize("boundary", [None, 0.875])
 def test_every_tensor_is_that_of_diffusers(
-    prepared: Prepare, tmp_path: Path, manifest: LatentManifest, store: Store, boundary: Any
+    prepared: Prepare, tmp_path: Path, store: Store, boundary: Any
 ) -> None:
     networks = write_pipeline(tmp_path / "pipeline", boundary=boundary)
     sampling = GuidanceConfig(scale=4.0, low=0.1, high=0.9)
     result = prepared(sampling=sampling).execute()
     teacher = load_artifact(str(tmp_path / "teacher"))
-    null = NullText.load(str(tmp_path / "set"), manifest)
+    encoder = open_text_encoder(str(tmp_path / "pipeline"), TEXT[0])
+    null = NullText.of(encoder)
     expected = {}
     prefixes = [""] if boundary is None else ["high_noise.", "low_noise."]
     for prefix, network in zip(prefixes, networks, strict=True):
@@ -77,50 +85,43 @@ def test_every_tensor_is_that_of_diffusers(
         "plain",
     )
     assert config.architecture.boundary == boundary
-    assert config.latent_shape == manifest.latent_shape
+    assert config.latent_shape == SHAPE
     assert config.guidance == sampling
-    assert (config.normalisation_mean, config.normalisation_std) == (manifest.mean, manifest.std)
-    assert config.latent_manifest_sha256 == manifest.sha256
+    assert config.shift == 1 / FLOW_SHIFT
+    assert (config.normalisation_mean, config.normalisation_std) == (MEAN, STD)
+    assert config.latent_manifest_sha256 is None
+    assert (config.text_encoder_id, config.text_encoder_sha256) == (encoder.id, encoder.sha256)
+    autoencoder = open_autoencoder(config.autoencoder_id, config.autoencoder_sha256)
+    assert autoencoder.id == str(tmp_path / "pipeline" / "vae")
     assert config.to_json()["architecture"]["kind"] == "wan"
     tags = store.client.get_run(result.run_id).data.tags
-    assert tags["facm.manifest_sha256"] == manifest.sha256
+    assert tags["facm.autoencoder_sha256"] == autoencoder.sha256
+    assert tags["facm.text_encoder_sha256"] == encoder.sha256
     assert tags["facm.null_text_sha256"] == null.sha256
     assert tags["facm.model_sha256"] == teacher.sha256
 
 
-def test_it_is_sampled_by_prompts(
-    prepared: Prepare, tmp_path: Path, manifest: LatentManifest
-) -> None:
-    """Steps of Euler's method with the networks themselves, across the boundary, with guidance."""
-    high, low = (n.double() for n in write_pipeline(tmp_path / "pipeline", boundary=0.5))
+def test_it_is_sampled_by_prompts(prepared: Prepare, tmp_path: Path) -> None:
+    """Steps of Euler's method with the networks themselves, across the boundary, with guidance;
+    noise levels are shifted as in the pipeline."""
+    high, low = (n.double() for n in write_pipeline(tmp_path / "pipeline", boundary=BOUNDARY))
     prepared(sampling=GuidanceConfig(scale=3.0)).execute()
     teacher = load_artifact(str(tmp_path / "teacher"))
-    (batch,) = local_batches(LatentStream(str(tmp_path / "set"), manifest, 0), 0, 3, 3)
-    condition: Any = batch.condition
-    text = condition["text_embedding"].double() * condition["text_mask"][..., None]
-    null = NullText.load(str(tmp_path / "set"), manifest)
-    without = (null.text_embedding.half().double() * null.text_mask[:, None]).expand_as(text)
-    x = sample_noise(manifest.latent_shape, [4, 5, 6]).double()[:, :, None]
+    encoder = open_text_encoder(str(tmp_path / "pipeline"), TEXT[0])
+    condition = encoder.encode(["one", "two", "a digit"])._asdict()
+    text, without = (encoder.encode(p)[0].double() for p in (["one", "two", "a digit"], [""] * 3))
+    x = sample_noise(SHAPE, [4, 5, 6]).double()[:, :, None]
+    even = torch.linspace(1, 0, 5, dtype=torch.float64)
+    sigmas = FLOW_SHIFT * even / (1 + (FLOW_SHIFT - 1) * even)
     with torch.no_grad():
-        for sigma in (1.0, 0.75, 0.5, 0.25):
-            network, timestep = high if sigma >= 0.5 else low, torch.full((3,), 1000 * sigma)
+        for sigma, following in pairwise(sigmas):
+            network, timestep = high if sigma >= BOUNDARY else low, 1000 * sigma.expand(3)
             guided, unguided = (network(x, timestep, t).sample for t in (text, without))
-            x = x - 0.25 * (unguided + 3 * (guided - unguided))
+            x = x - (sigma - following) * (unguided + 3 * (guided - unguided))
     got = latent_sampler(teacher, torch.device("cpu"), torch.float64)([4, 5, 6], condition, 4)
-    expected = manifest.denormalise(x[:, :, 0]).double()
+    mean, std = (torch.tensor(values).double().view(4, 1, 1) for values in (MEAN, STD))
+    expected = x[:, :, 0] * std + mean
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
-
-
-def test_without_a_text_encoder_it_takes_no_prompts(
-    prepared: Prepare, tmp_path: Path, manifest: LatentManifest
-) -> None:
-    write_pipeline(tmp_path / "pipeline", boundary=None)
-    prepared().execute()
-    with pytest.raises(InvalidInputError, match=r"artifact = .*teacher': it reads texts"):
-        Generator.load(str(tmp_path / "teacher"))
-    extractor: Any = None
-    with pytest.raises(InvalidInputError, match=r"label_policy = 'random': .* have texts"):
-        check_measure(100, extractor, manifest, "random")
 
 
 def test_every_wrong_tensor_is_listed(prepared: Prepare, tmp_path: Path) -> None:
@@ -167,57 +168,59 @@ def test_a_folder_that_is_no_wan(prepared: Prepare, tmp_path: Path) -> None:
     with pytest.raises(InvalidInputError, match=r"image_dim = 1280.*no network from text alone"):
         prepared()
     change(config, image_dim=None, in_channels=8, out_channels=8)
-    with pytest.raises(InvalidInputError, match=r"has 8 channels of a latent, data.uri 4"):
+    with pytest.raises(InvalidInputError, match=r"has 8 channels of a latent, .*vae 4"):
         prepared()
     change(config, in_channels=4, out_channels=4, text_dim=7)
-    with pytest.raises(InvalidInputError, match=r"has 7 features of a text, data.uri 12"):
+    with pytest.raises(InvalidInputError, match=r"has 7 features of a text, .*text_encoder 12"):
         prepared()
 
 
-def test_a_latent_set_that_does_not_belong_to_it(
-    prepared: Prepare, tmp_path: Path, manifest: LatentManifest
-) -> None:
+def test_parts_of_a_pipeline_that_do_not_fit(prepared: Prepare, tmp_path: Path) -> None:
     write_pipeline(tmp_path / "pipeline", boundary=None)
-    vae = tmp_path / "pipeline" / "vae" / "config.json"
-    vae.parent.mkdir()
-    vae.write_text(json.dumps({"latents_mean": manifest.mean, "latents_std": manifest.std}))
-    prepared()
-    change(vae, latents_std=[1.0, 1.0, 1.0, 1.0])
-    with pytest.raises(InvalidInputError, match=r"the std of the set; .*\[1.0, 1.0, 1.0, 1.0\]"):
-        prepared()
-    vae.unlink()
-    write_digits(tmp_path / "digits", rows=20)
-    with pytest.raises(InvalidInputError, match=r"its rows have labels"):
-        prepared(data=DataConfig(uri=str(tmp_path / "digits")))
     (tmp_path / "teacher").mkdir()
     (tmp_path / "teacher" / "file").touch()
     with pytest.raises(InvalidInputError, match=r"output_uri = .*: it is not empty"):
         prepared()
+    (tmp_path / "teacher" / "file").unlink()
+    scheduler = tmp_path / "pipeline" / "scheduler" / "scheduler_config.json"
+    change(scheduler, flow_shift=0)
+    with pytest.raises(InvalidInputError, match=r"source_uri = .*its shift is 0, not a positive"):
+        prepared()
+    scheduler.write_text(json.dumps({"shift": 5.0}))
+    assert prepared().shift == 0.2
+    scheduler.write_text("{}")
+    assert prepared().shift == 1.0
+    vae = tmp_path / "pipeline" / "vae" / "config.json"
+    change(vae, latents_std=[1.0])
+    with pytest.raises(InvalidInputError, match=r"source_uri = .*vae': latents_std of its config"):
+        prepared()
+    vae.unlink()
+    with pytest.raises(InvalidInputError, match=r"source_uri = .*vae': .*has a config.json"):
+        prepared()
+    (tmp_path / "pipeline" / "text_encoder" / "model.safetensors").unlink()
+    with pytest.raises(InvalidInputError, match=r"source_uri = .*text_encoder': there is no conf"):
+        prepared()
 
 
 @pytest.mark.parametrize(
-    ("tensors", "message"),
+    ("changes", "problem"),
     [
-        ({"text_mask": None}, r"it holds \{'text_embedding': \(5, 12\)\}, not"),
-        ({"text_mask": torch.ones(4)}, r"'text_mask': \(4,\)"),
-        ({"text_mask": torch.full((5,), 2)}, "text_mask holds more than 0 and 1"),
-        ({"text_embedding": torch.full((5, 12), float("nan"))}, "text_embedding is not finite"),
+        ({"height": 10}, r"height = 10: not a multiple of 4, .*Use e\.g\. 12"),
+        ({"width": 9}, r"width = 9: not a multiple of 4, .*Use e\.g\. 12"),
+        ({"width": 0}, "width = 0: below 1"),
+        ({"tokens": 0}, "tokens = 0: below 1"),
+        ({"frames": 4}, "frames = 4: the first frame is a latent one"),
     ],
 )
-def test_a_null_prompt_of_another_set(
-    prepared: Prepare, tmp_path: Path, tensors: Any, message: str
+def test_sizes_that_do_not_fit(
+    prepared: Prepare, tmp_path: Path, changes: dict[str, int], problem: str
 ) -> None:
     write_pipeline(tmp_path / "pipeline", boundary=None)
-    rewrite(tmp_path / "set" / NULL_TEXT, tensors)
-    with pytest.raises(InvalidInputError, match=message):
-        prepared()
+    with pytest.raises(InvalidInputError, match=problem):
+        prepared(**changes)
 
 
-def test_a_missing_or_damaged_null_prompt(prepared: Prepare, tmp_path: Path) -> None:
+def test_videos_and_images_of_any_size(prepared: Prepare, tmp_path: Path) -> None:
     write_pipeline(tmp_path / "pipeline", boundary=None)
-    (tmp_path / "set" / NULL_TEXT).write_bytes(b"no")
-    with pytest.raises(InvalidInputError, match=rf"{NULL_TEXT}': not readable"):
-        prepared()
-    (tmp_path / "set" / NULL_TEXT).unlink()
-    with pytest.raises(InvalidInputError, match=r"no null prompt: there is no .* NullText\.save"):
-        prepared()
+    assert prepared(frames=9, width=16).architecture.latent_shape == (4, 3, 4, 8)
+    assert prepared(tokens=7).architecture.text_shape == (7, 12)

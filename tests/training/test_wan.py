@@ -28,7 +28,7 @@ from facm_platform.training.launch import launch
 from facm_platform.training.loop import train
 from facm_platform.training.task import TrainingTask
 from tests.small import ARCHITECTURE, artifact_config, write_model
-from tests.tiny_wan import write_pipeline, write_texts
+from tests.tiny_wan import SIDE, TEXT, write_pipeline, write_texts
 from tests.training.conftest import TRAIN, plain_distillation, weights
 
 Distill = Callable[..., DistillPlan]
@@ -59,7 +59,9 @@ def make_teacher(folder: Path, boundary: float | None, name: str = "teacher") ->
     config = ImportWanConfig(
         run=RunConfig(name=name, storage_uri=str(folder / "runs")),
         source_uri=str(folder / f"{name}-pipeline"),
-        data=DataConfig(uri=str(folder / "set")),
+        height=SIDE,
+        width=SIDE,
+        tokens=TEXT[0],
         output_uri=str(folder / name),
     )
     prepare_import(config).execute()

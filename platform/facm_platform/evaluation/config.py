@@ -128,7 +128,7 @@ def _check_student(config: EvaluateConfig, manifest: LatentManifest, student: Ar
         student.config.latent_manifest_sha256 == manifest.sha256,
         "student_uri",
         config.student_uri,
-        f"it was trained on the latent set {student.config.latent_manifest_sha256[:12]}…, "
+        f"it was trained on the latent set {student.config.latent_manifest_sha256 or '?':.12}…, "
         f"data.uri is {manifest.sha256[:12]}…",
         "Use the latent set of its training",
     )

@@ -139,6 +139,6 @@ def prepare(config: ReferenceConfig) -> ReferencePlan:
         extractor.check("features_uri", image_shape(manifest), manifest)
         return ReferencePlan(config, output_uri, DecodedSet(uri, manifest), extractor)
     assert config.images is not None
-    source = image_source(config.images)
+    source = image_source(config.images, "images")
     extractor.check("features_uri", source.image_shape)
     return ReferencePlan(config, output_uri, SourceImages(source), extractor)

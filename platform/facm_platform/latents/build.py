@@ -4,7 +4,8 @@ Beside the parts lies a folder ``_progress`` until the manifest is written:
 
 - ``set.json``: which set this is going to be; made first, and only if there is none.
 - ``piece-00000.json``: the inputs of each part; and ``pieces.json``, how many, once all are listed.
-- ``part-00000.json``: what came of a part, once it is there.
+- ``part-00000.json``: what came of a part, once it is there. With the first part comes the null
+  prompt, of a set with texts.
 
 So whoever continues does the same work on the same inputs, and nothing twice.
 """
@@ -14,8 +15,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Protocol, cast
 
 import numpy as np
@@ -30,6 +31,7 @@ from facm_platform.config import JobResult
 from facm_platform.config.sections import RunConfig
 from facm_platform.latents._ray_data import ordered_and_quiet
 from facm_platform.latents.manifest import (
+    GIVEN,
     MANIFEST,
     LatentManifest,
     Part,
@@ -37,6 +39,7 @@ from facm_platform.latents.manifest import (
     is_part,
     part_name,
 )
+from facm_platform.latents.null_text import NULL_TEXT, NullText
 from facm_platform.latents.statistics import ChannelStatistics
 from facm_platform.latents.tables import RowFormat
 from facm_platform.latents.writer import write_part
@@ -63,6 +66,9 @@ class RowReader(Protocol):
 
     def rows(self, piece: Piece) -> Iterator[pa.Table | Quarantined]:
         """The rows of a piece, in tables of any size, and the inputs that give none."""
+
+    def null_text(self) -> NullText | None:
+        """The null prompt; None where it is not known, or rows have labels."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +103,8 @@ class SetBuild:
         workers: How many, and what each takes.
         manifest: Fields of the manifest that do not come from the rows.
         normalisation: Mean and standard deviation to use instead of those of the rows.
+        is_of_rows: Whether `normalisation` was taken over such rows, and is refused if it is far
+            from theirs.
         max_quarantined: Share of the inputs that may be unreadable.
         overwrite: Replace another set that lies there, finished or not.
     """
@@ -109,6 +117,7 @@ class SetBuild:
     workers: BuildersConfig
     manifest: dict[str, Any]
     normalisation: tuple[Floats, Floats] | None = None
+    is_of_rows: bool = False
     max_quarantined: float
     overwrite: bool
 
@@ -160,9 +169,11 @@ class SetBuild:
         """Say which set is being made here; another one that may be replaced goes first."""
         if self.overwrite and self._claimed() != self._claim_text:
             _clear(self.uri)
+        is_new = True
         try:
             storage.create_bytes(self._progress(_SET), self._claim_text)
         except FileExistsError:
+            is_new = False
             self._check_claim()
         # Finished by another program since `finished` looked: its parts are not to be touched.
         if storage.exists(storage.join(self.uri, MANIFEST)):
@@ -170,11 +181,15 @@ class SetBuild:
             raise InvalidInputError(
                 "output_uri", self.uri, _TAKEN.format("lies there by now"), _ANOTHER
             )
+        if is_new:
+            # Of a set that is not there any more.
+            storage.delete_file(storage.join(self.uri, NULL_TEXT))
 
     def _check_free(self, names: Iterable[str]) -> None:
         """Nothing lies there but what a build of this set, or a replaceable one, has left."""
         ours = (f"{PROGRESS}/", ".")
-        foreign = sorted(n for n in names if not is_part(n) and not n.startswith(ours))
+        known = (name for name in names if is_part(name) or name == NULL_TEXT)
+        foreign = sorted(n for n in set(names).difference(known) if not n.startswith(ours))
         require(
             not foreign,
             "output_uri",
@@ -237,18 +252,18 @@ class SetBuild:
         made = [(part, statistics) for part, statistics, _ in results if part is not None]
         quarantined = [entry for _, _, entries in results for entry in entries]
         self._check_quarantine(sum(part.rows for part, _ in made), quarantined)
-        computed = LatentManifest.of(
-            self.format,
-            made,
-            encoding_sha256=self.sha256,
-            quarantined=tuple(quarantined),
-            **self.manifest,
-        )
-        if self.normalisation is None:
-            return computed
-        mean, std = self.normalisation
-        _check_given(mean, std, computed)
-        return dataclasses.replace(computed, mean=mean, std=std)
+        fields: dict[str, Any] = self.manifest | {
+            "encoding_sha256": self.sha256,
+            "quarantined": tuple(quarantined),
+        }
+        if self.normalisation is not None:
+            mean, std = self.normalisation
+            if self.is_of_rows:
+                _check_given(mean, std, LatentManifest.of(self.format, made, **fields))
+            else:
+                fields["created_by"] += GIVEN
+            fields |= {"mean": mean, "std": std}
+        return LatentManifest.of(self.format, made, **fields)
 
     def _check_quarantine(self, rows: int, quarantined: list[Quarantined]) -> None:
         inputs = rows + len(quarantined)
@@ -288,6 +303,7 @@ def _clear(uri: str) -> None:
     The manifest goes first: from then on there is no set, rather than half of one.
     """
     storage.delete_file(storage.join(uri, MANIFEST))
+    storage.delete_file(storage.join(uri, NULL_TEXT))
     for name in filter(is_part, storage.list_files(uri)):
         storage.delete_file(storage.join(uri, name))
     _clear_progress(uri)
@@ -322,6 +338,8 @@ class _PartMaker:
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         index = int(row["item"])
+        if index == 0 and (null := self._reader.null_text()) is not None:
+            null.save(self._uri)
         folder = storage.join(self._uri, PROGRESS)
         piece = json.loads(storage.read_bytes(storage.join(folder, _piece_name(index))))
         quarantined: list[Quarantined] = []
@@ -386,6 +404,7 @@ class BuildPlan:
         build: The set to be.
         what: What goes into it, in a few words.
         made: The set, if it is there already.
+        made_from: Further lineage tags of the run.
     """
 
     job: str
@@ -394,6 +413,7 @@ class BuildPlan:
     build: SetBuild
     what: str
     made: LatentManifest | None
+    made_from: Mapping[str, str] = field(default_factory=dict)
 
     def describe(self) -> str:
         """What `execute` would do, in a line."""
@@ -409,7 +429,9 @@ class BuildPlan:
         """Make the set, unless it is there already; either way under an MLflow run."""
         print(self.describe(), flush=True)
         store = connect_store(self.run.tracking, embedded_root(self.run.storage_uri))
-        with open_run(store, self.run.name, job=self.job, config=self.config) as tracked:
+        with open_run(
+            store, self.run.name, job=self.job, config=self.config, tags=self.made_from
+        ) as tracked:
             manifest = self.made or self.build.run(self.job)
             metrics = {
                 "rows": float(manifest.rows),

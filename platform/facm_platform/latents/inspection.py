@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from facm_core.errors import InvalidInputError, require
 from facm_platform import storage
 from facm_platform.config.job import JobResult, Refused
-from facm_platform.latents.manifest import LatentManifest, Part
+from facm_platform.latents.manifest import GIVEN, LatentManifest, Part
 from facm_platform.latents.parts import bad_part, first_line, opened_part
 from facm_platform.latents.statistics import ChannelStatistics
 from facm_platform.latents.tables import LABEL, RowFormat, rebatch, values_of
@@ -115,8 +115,8 @@ def stats(uri: str) -> JobResult:
 
     Raises:
         InvalidInputError: there is no such set, a part is damaged, or a channel is constant.
-        Refused: the manifest's statistics would normalise wrongly, unless the set was imported
-            along with them; or values are not finite.
+        Refused: the manifest's statistics would normalise wrongly, unless they were given
+            (published, or of the autoencoder or teacher); or values are not finite.
     """
     uri, manifest = _load(uri)
     seen = _Seen.nothing(manifest.row_format)
@@ -136,12 +136,12 @@ def stats(uri: str) -> JobResult:
         )
     if not off.max() <= TOLERANCE:
         problem = f"the statistics in the manifest are off by {off.max():.3g} of a deviation"
-        if not manifest.created_by.startswith(_IMPORT):
+        if not (manifest.created_by.startswith(_IMPORT) or manifest.created_by.endswith(GIVEN)):
             raise Refused(
                 f"{problem}: {uri} would be normalised wrongly. " + _REMEDY.format("the manifest"),
                 result,
             )
-        print(f"note: {problem}; they were imported along with the set", flush=True)
+        print(f"note: {problem}; they were given, and not taken from its rows", flush=True)
     return result
 
 

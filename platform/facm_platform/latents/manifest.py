@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 MANIFEST = "manifest.json"
 SCHEMA_VERSION = 1
+GIVEN = ", given normalisation"
+"""Ends `created_by` of a set whose normalisation is not of its rows."""
 
 _RESTORE = "Restore the file, or encode the set again with jobs/encode.py and overwrite=true"
 
@@ -74,13 +76,13 @@ class LatentManifest(RowFormat):
     Attributes:
         rows: Rows over all parts.
         mean: Per channel, over every row (and its mirror image, where there is one), of the
-            latents as a network sees them.
+            latents as a network sees them; or the autoencoder's or the teacher's own.
         std: Population standard deviation per channel, over the same.
         autoencoder_id: ``identity`` or the address of the weights.
         autoencoder_sha256: Hash of that autoencoder.
         parts: In the order of the rows.
         encoding_sha256: Hash of all that determines the contents; equal ones need no new encoding.
-        created_by: Tool and version.
+        created_by: Tool and version, and whether the normalisation was given.
         class_names: Meaning of the labels, where it is known.
         quarantined: Inputs that could not be read.
     """
@@ -129,17 +131,18 @@ class LatentManifest(RowFormat):
         made: Iterable[tuple[Part, ChannelStatistics]],
         **fields: Any,
     ) -> LatentManifest:
-        """The manifest of the given parts, whose statistics are merged; other fields are given."""
+        """The manifest of the given parts, whose statistics are merged; other fields are given,
+        among them `mean` and `std` where those of the rows are not used.
+        """
         parts = []
         statistics = ChannelStatistics.empty(format.latent_shape[0])
         for part, of_part in made:
             parts.append(part)
             statistics = statistics.merge(of_part)
-        computed: dict[str, Any] = {
-            "rows": sum(part.rows for part in parts),
-            "mean": tuple(statistics.mean.tolist()),
-            "std": tuple(statistics.std().tolist()),
-        }
+        computed: dict[str, Any] = {"rows": sum(part.rows for part in parts)}
+        if "std" not in fields:
+            computed["mean"] = tuple(statistics.mean.tolist())
+            computed["std"] = tuple(statistics.std().tolist())
         return LatentManifest(
             **{f.name: getattr(format, f.name) for f in dataclasses.fields(RowFormat)},
             **computed | fields,

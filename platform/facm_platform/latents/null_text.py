@@ -21,6 +21,7 @@ from facm_platform.latents.manifest import LatentManifest
 from facm_platform.latents.tables import TEXT_EMBEDDING, TEXT_MASK
 
 NULL_TEXT = "null_text.safetensors"
+_ENCODER = "text_encoder"
 _REMEDY = "Embed the null prompt like those of the set, and write it by NullText.save"
 
 
@@ -97,11 +98,13 @@ class NullText:
             TEXT_MASK: self.text_mask.to(torch.uint8),
         }
         encoder = {"encoder_id": self.encoder_id, "encoder_sha256": self.encoder_sha256}
-        return safetensors.torch.save(tensors, encoder if self.encoder_id else None)
+        # One entry: safetensors writes several in an order of chance.
+        metadata = {_ENCODER: json.dumps(encoder)} if self.encoder_id else None
+        return safetensors.torch.save(tensors, metadata)
 
 
 def _read(content: bytes) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of a safetensors file."""
+    """Tensors of a safetensors file, and the text encoder in its metadata."""
     tensors = safetensors.torch.load(content)
     header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-    return tensors, header.get("__metadata__", {})
+    return tensors, json.loads(header.get("__metadata__", {}).get(_ENCODER, "{}"))

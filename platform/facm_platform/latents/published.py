@@ -32,6 +32,7 @@ from facm_platform.config.sections import RunConfig
 from facm_platform.latents.autoencoder import open_autoencoder
 from facm_platform.latents.build import BuildersConfig, BuildPlan, Floats, Piece, SetBuild
 from facm_platform.latents.manifest import LatentManifest, Quarantined
+from facm_platform.latents.null_text import NullText
 from facm_platform.latents.parts import opened_part
 from facm_platform.latents.tables import (
     KEY,
@@ -136,6 +137,7 @@ def prepare(config: ImportConfig) -> BuildPlan:
             "created_by": f"facm-platform import {_IMPORTER_VERSION}, pyarrow {pa.__version__}",
         },
         normalisation=_given_statistics(source_uri, sizes, format) if given else None,
+        is_of_rows=True,
         max_quarantined=0.0,
         overwrite=config.overwrite,
     )
@@ -159,6 +161,10 @@ class ShardReader:
 
     def __init__(self, uri: str, format: RowFormat) -> None:
         self._uri, self._format = uri, format
+
+    def null_text(self) -> NullText | None:
+        """Not known: nothing says by what the texts were embedded."""
+        return None
 
     def rows(self, piece: Piece) -> Iterator[pa.Table | Quarantined]:
         """All rows of the shard that `piece` names, in order."""

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
 from facm_core.errors import InvalidInputError, require
 from facm_core.text_encoders import (
     MODEL,
@@ -9,8 +14,39 @@ from facm_core.text_encoders import (
     TextEncoder,
     WordTextEncoder,
     load_text_encoder,
+    text_encoder_sha256,
+    text_features,
 )
 from facm_platform import storage
+
+
+@dataclass(frozen=True)
+class TextEncoderInfo:
+    """A text encoder, but for its weights: its attributes, see there."""
+
+    id: str
+    sha256: str
+    text_shape: tuple[int, int]
+
+
+def find_text_encoder(
+    address: str, tokens: int, sha256: str | None = None, field: str = "text.encoder"
+) -> TextEncoderInfo:
+    """What `open_text_encoder` would give, not loaded: the published one takes 23 GB of memory.
+
+    Raises:
+        InvalidInputError: as there, but for weights that do not fill it.
+    """
+    require(tokens >= 1, f"{field}.tokens", tokens, "below 1", "Use e.g. 512")
+    if address == WordTextEncoder.id:
+        words = WordTextEncoder(tokens)
+        _check_hash(address, words.sha256, sha256, field)
+        return TextEncoderInfo(words.id, words.sha256, words.text_shape)
+    with _files(address, field) as (uri, model, tokenizer):
+        found = text_encoder_sha256(model, tokenizer, field)
+        info = TextEncoderInfo(uri, found, (tokens, text_features(model, field)))
+    _check_hash(address, found, sha256, field)
+    return info
 
 
 def open_text_encoder(
@@ -31,26 +67,33 @@ def open_text_encoder(
     if address == WordTextEncoder.id:
         encoder = WordTextEncoder(tokens)
     else:
-        encoder = _of_pipeline(address, tokens, field)
-    require(
-        sha256 in (None, encoder.sha256),
-        field,
-        address,
-        f"its hash is {encoder.sha256}, where {sha256} was expected",
-        "Restore the files that the prompts were embedded with",
-    )
+        with _files(address, field) as (uri, model, tokenizer):
+            encoder = load_text_encoder(uri, model, tokenizer, tokens, field)
+    _check_hash(address, encoder.sha256, sha256, field)
     return encoder
 
 
-def _of_pipeline(address: str, tokens: int, field: str) -> TextEncoder:
+@contextmanager
+def _files(address: str, field: str) -> Iterator[tuple[str, Path, Path]]:
+    """Absolute address, and the folders of model and tokenizer on this machine."""
     uri = storage.absolute(address, field)
     storage.check_reachable(uri, field)
     model, tokenizer = (storage.join(uri, name) for name in (MODEL, TOKENIZER))
     try:
         # The rest of a pipeline is many times as large.
         with storage.node_copy(model) as weights, storage.node_copy(tokenizer) as words:
-            return load_text_encoder(uri, weights, words, tokens, field)
+            yield uri, weights, words
     except FileNotFoundError as error:
         problem = f"no pipeline with {MODEL} and {TOKENIZER} lies there"
         remedy = f"Mend the address, or use {WordTextEncoder.id} for a trial"
         raise InvalidInputError(field, address, problem, remedy) from error
+
+
+def _check_hash(address: str, found: str, expected: str | None, field: str) -> None:
+    require(
+        expected in (None, found),
+        field,
+        address,
+        f"its hash is {found}, where {expected} was expected",
+        "Restore the files that the prompts were embedded with",
+    )

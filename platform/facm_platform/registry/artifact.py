@@ -67,7 +67,8 @@ class ArtifactConfig:
         text_encoder_id: Address of what embeds its prompts; empty for a model with classes, and
             where it is not known.
         text_encoder_sha256: Hash of its files.
-        latent_manifest_sha256: Hash of the latent set it was trained on.
+        latent_manifest_sha256: Hash of the latent set it was trained on; None where it is not
+            known, of a model that was imported.
         teacher_sha256: Hash of the teacher's weights; None for a model trained from scratch.
         images_seen: Length of its training.
         ema_sigma_rel: Width of the power-function average that these weights are.
@@ -90,7 +91,7 @@ class ArtifactConfig:
     autoencoder_sha256: str
     text_encoder_id: str = ""
     text_encoder_sha256: str = ""
-    latent_manifest_sha256: str
+    latent_manifest_sha256: str | None
     teacher_sha256: str | None = None
     images_seen: int
     ema_sigma_rel: float

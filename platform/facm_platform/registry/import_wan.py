@@ -1,4 +1,4 @@
-"""Wan as diffusers keeps it -> a teacher: its weights, with the null prompt of a latent set."""
+"""Wan as diffusers keeps it -> a teacher: its weights, with the null prompt."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import math
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +15,21 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from facm_core.autoencoders import WanAutoencoder
 from facm_core.errors import InvalidInputError, require
 from facm_core.guidance import GuidanceConfig
 from facm_core.models import WanConfig, build_network
+from facm_core.text_encoders import MODEL
 from facm_platform import storage
 from facm_platform.config import JobResult, config_hash
-from facm_platform.config.sections import DataConfig, RunConfig
-from facm_platform.latents import LatentManifest
+from facm_platform.config.sections import RunConfig
+from facm_platform.latents.autoencoder import open_autoencoder
 from facm_platform.latents.null_text import NullText
+from facm_platform.latents.text_encoder import (
+    TextEncoderInfo,
+    find_text_encoder,
+    open_text_encoder,
+)
 from facm_platform.registry.artifact import ArtifactConfig, write_artifact
 from facm_platform.tracking import (
     check_run_name,
@@ -33,7 +41,11 @@ from facm_platform.tracking import (
 
 JOB = "import_wan"
 _CONFIG, _PIPELINE = "config.json", "model_index.json"
+_VAE, _SCHEDULER = "vae", "scheduler/scheduler_config.json"
 _REMEDY = "Give the folder of a whole Wan pipeline, as diffusers saves it"
+
+_FRAMES = 4
+"""Of a video, to a latent frame."""
 
 Parts = dict[str, str]
 """Addresses of the networks, by the prefix that their tensors have in the artefact."""
@@ -45,18 +57,32 @@ class ImportWanConfig:
 
     Attributes:
         run: Name and tracking.
-        source_uri: Folder of the pipeline, local or ``s3://``.
-        data: Latent set that the pipeline's autoencoder and text encoder made; it decides about
-            shapes, normalisation and null prompt.
+        source_uri: Folder of the pipeline, local or ``s3://``; the teacher's prompts are embedded
+            and its latents decoded by what lies in it.
+        height: Pixels of an image.
+        width: Pixels of an image.
+        frames: Of a video, 1 + 4·k; 1 for images.
+        tokens: Length of an embedded prompt.
         sampling: Guidance with which the teacher is meant to be sampled and distilled.
         output_uri: Empty folder or ``s3://`` address for the teacher.
     """
 
     run: RunConfig
     source_uri: str
-    data: DataConfig
+    height: int
+    width: int
+    frames: int = 1
+    tokens: int = 512
     sampling: GuidanceConfig = field(default_factory=GuidanceConfig)
     output_uri: str
+
+    def __post_init__(self) -> None:
+        for name in ("height", "width", "frames", "tokens"):
+            value = getattr(self, name)
+            require(value >= 1, name, value, "below 1", "Use a whole number from 1")
+        fits = self.frames % _FRAMES == 1
+        problem = f"the first frame is a latent one, and then every {_FRAMES} are"
+        require(fits, "frames", self.frames, problem, f"Use 1 + {_FRAMES}·k, e.g. 1 or 81")
 
 
 @dataclass(frozen=True)
@@ -67,17 +93,26 @@ class ImportWanPlan:
         config: What was asked for.
         parts: Of the pipeline.
         architecture: Of the teacher.
-        manifest: Of the latent set.
-        null: Its null prompt.
+        autoencoder: The pipeline's.
+        encoder: The pipeline's text encoder.
+        shift: Time shift of its scheduler, see `facm_core.samplers`.
         output_uri: Absolute.
     """
 
     config: ImportWanConfig
     parts: Parts
     architecture: WanConfig
-    manifest: LatentManifest
-    null: NullText
+    autoencoder: WanAutoencoder
+    encoder: TextEncoderInfo
+    shift: float
     output_uri: str
+
+    @cached_property
+    def null(self) -> NullText:
+        """The null prompt, embedded when it is first asked for."""
+        encoder = self.encoder
+        tokens = self.config.tokens
+        return NullText.of(open_text_encoder(encoder.id, tokens, encoder.sha256, "source_uri"))
 
     def describe(self) -> str:
         """What would be imported."""
@@ -89,7 +124,11 @@ class ImportWanPlan:
         print(self.describe(), flush=True)
         config, run = self.config, self.config.run
         store = connect_store(run.tracking, embedded_root(run.storage_uri))
-        made_from = {"manifest_sha256": self.manifest.sha256, "null_text_sha256": self.null.sha256}
+        made_from = {
+            "autoencoder_sha256": self.autoencoder.sha256,
+            "text_encoder_sha256": self.encoder.sha256,
+            "null_text_sha256": self.null.sha256,
+        }
         with (
             open_run(store, run.name, job=JOB, config=config, tags=made_from) as tracked,
             tempfile.TemporaryDirectory() as folder,
@@ -114,7 +153,8 @@ class ImportWanPlan:
             yield f"{prefix}null_text_mask", self.null.text_mask
 
     def _artifact(self) -> ArtifactConfig:
-        config, manifest = self.config, self.manifest
+        config, autoencoder = self.config, self.autoencoder
+        mean, std = autoencoder.normalisation
         return ArtifactConfig(
             role="teacher",
             architecture=self.architecture,
@@ -124,13 +164,14 @@ class ImportWanPlan:
             guidance_low=config.sampling.low,
             guidance_high=config.sampling.high,
             recommended_nfe=(50,),
-            normalisation_mean=manifest.mean,
-            normalisation_std=manifest.std,
-            autoencoder_id=manifest.autoencoder_id,
-            autoencoder_sha256=manifest.autoencoder_sha256,
-            text_encoder_id=self.null.encoder_id,
-            text_encoder_sha256=self.null.encoder_sha256,
-            latent_manifest_sha256=manifest.sha256,
+            shift=self.shift,
+            normalisation_mean=mean,
+            normalisation_std=std,
+            autoencoder_id=autoencoder.id,
+            autoencoder_sha256=autoencoder.sha256,
+            text_encoder_id=self.encoder.id,
+            text_encoder_sha256=self.encoder.sha256,
+            latent_manifest_sha256=None,
             images_seen=0,
             ema_sigma_rel=0.0,
             config_hash=config_hash(config),
@@ -142,29 +183,25 @@ def prepare(config: ImportWanConfig) -> ImportWanPlan:
 
     Raises:
         InvalidInputError: no pipeline there, not one of Wan from text alone, missing or unexpected
-            tensors (all of them listed), a latent set that does not belong to it or has no null
-            prompt, or an output that is not empty.
+            tensors (all of them listed), an autoencoder or a text encoder that is none or does not
+            fit the network, sizes that they do not divide, or an output that is not empty.
     """
     check_run_name("run.name", config.run.name)
     check_store(config.run.tracking, embedded_root(config.run.storage_uri))
     source_uri = storage.absolute(config.source_uri, "source_uri")
-    data_uri = storage.absolute(config.data.uri, "data.uri")
     output_uri = storage.absolute(config.output_uri, "output_uri")
     storage.check_reachable(output_uri, "output_uri")
     empty = not storage.list_files(output_uri)
     require(empty, "output_uri", config.output_uri, "it is not empty", "Choose another place")
-    manifest = LatentManifest.load(data_uri)
-    texts = bool(manifest.text_shape)
-    labels = "its rows have labels, and a Wan reads texts"
-    require(texts, "data.uri", config.data.uri, labels, "Use a latent set with texts")
-    null = NullText.load(data_uri, manifest)
     parts, boundary = _parts(source_uri)
-    _check_normalisation(source_uri, manifest)
-    found = [_architecture(uri, manifest, boundary) for uri in parts.values()]
+    shift = _shift(source_uri)
+    encoder = find_text_encoder(source_uri, config.tokens, field="source_uri")
+    autoencoder = _autoencoder(source_uri)
+    found = [_architecture(uri, config, autoencoder, encoder, boundary) for uri in parts.values()]
     same = all(one == found[0] for one in found)
     require(same, "source_uri", source_uri, "its two networks are not of one size", _REMEDY)
     _check_names(parts, found[0], source_uri)
-    return ImportWanPlan(config, parts, found[0], manifest, null, output_uri)
+    return ImportWanPlan(config, parts, found[0], autoencoder, encoder, shift, output_uri)
 
 
 def _parts(source_uri: str) -> tuple[Parts, float | None]:
@@ -187,47 +224,67 @@ def _parts(source_uri: str) -> tuple[Parts, float | None]:
     return {"": first}, None
 
 
-def _architecture(uri: str, manifest: LatentManifest, boundary: float | None) -> WanConfig:
+def _shift(source_uri: str) -> float:
+    """The scheduler counts noise levels, the samplers time: one shift is the other's inverse."""
+    file = storage.join(source_uri, _SCHEDULER)
+    values = _json(file)
+    shift = values.get("flow_shift", values.get("shift", 1.0))
+    fits = isinstance(shift, int | float) and 0 < shift < math.inf
+    require(fits, "source_uri", file, f"its shift is {shift!r}, not a positive number", _REMEDY)
+    return 1 / shift
+
+
+def _autoencoder(source_uri: str) -> WanAutoencoder:
+    uri = storage.join(source_uri, _VAE)
+    try:
+        autoencoder = open_autoencoder(uri)
+    except InvalidInputError as error:
+        raise InvalidInputError("source_uri", uri, error.problem, error.remedy) from error
+    if isinstance(autoencoder, WanAutoencoder):
+        return autoencoder
+    raise InvalidInputError("source_uri", uri, "it is no autoencoder of Wan", _REMEDY)
+
+
+def _architecture(
+    uri: str,
+    config: ImportWanConfig,
+    autoencoder: WanAutoencoder,
+    encoder: TextEncoderInfo,
+    boundary: float | None,
+) -> WanConfig:
     file = storage.join(uri, _CONFIG)
-    channels, height, width = manifest.latent_shape
-    tokens, features = manifest.text_shape
+    values = _json(file)
+    stride, (tokens, features) = autoencoder.stride, encoder.text_shape
+    sides = {name: getattr(config, name) for name in ("height", "width")}
+    patches = values.get("patch_size", WanConfig.patch_size)[1:]
+    for (name, side), patch in zip(sides.items(), patches, strict=True):
+        multiple = stride * patch
+        problem = f"not a multiple of {multiple}, the pixels of a patch"
+        remedy = f"Use e.g. {-(-side // multiple) * multiple}"
+        require(side % multiple == 0, name, side, problem, remedy)
     try:
         architecture = WanConfig.from_diffusers(
-            _json(file), height=height, width=width, text_tokens=tokens, boundary=boundary
+            values,
+            frames=1 + config.frames // _FRAMES,
+            text_tokens=tokens,
+            boundary=boundary,
+            **{name: side // stride for name, side in sides.items()},
         )
     except InvalidInputError as error:
         raise InvalidInputError("source_uri", file, str(error), error.remedy) from error
-    for what, ours, theirs in (
-        ("channels of a latent", architecture.in_channels, channels),
-        ("features of a text", architecture.text_dim, features),
+    for what, ours, theirs, whose in (
+        ("channels of a latent", architecture.in_channels, autoencoder.latent_channels, _VAE),
+        ("features of a text", architecture.text_dim, features, MODEL),
     ):
-        problem = f"the network has {ours} {what}, data.uri {theirs}"
-        require(ours == theirs, "source_uri", file, problem, "Use a latent set made with it")
+        problem = f"the network has {ours} {what}, the pipeline's {whose} {theirs}"
+        require(ours == theirs, "source_uri", file, problem, _REMEDY)
     return architecture
-
-
-def _check_normalisation(source_uri: str, manifest: LatentManifest) -> None:
-    """Another normalisation than the network's is the costliest silent error there is."""
-    file = storage.join(source_uri, "vae", _CONFIG)
-    if not storage.exists(file):
-        return
-    values = _json(file)
-    for name in ("mean", "std"):
-        ours = getattr(manifest, name)
-        theirs = values.get(f"latents_{name}") or ours
-        require(
-            len(ours) == len(theirs) and all(map(math.isclose, ours, theirs)),
-            "data.uri",
-            ours,
-            f"the {name} of the set; the network was trained under {theirs}",
-            "Import the latents with the pipeline's, and statistics=given",
-        )
 
 
 def _check_names(parts: Parts, architecture: WanConfig, source_uri: str) -> None:
     with torch.device("meta"):
         tensors = build_network(architecture).state_dict()
-    # The null prompt is the latent set's.
+    # The null prompt is in none of the files.
     expected = {name: tuple(t.shape) for name, t in tensors.items() if ".network." in f".{name}"}
     found: dict[str, tuple[int, ...]] = {}
     findings = []

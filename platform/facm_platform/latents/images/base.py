@@ -26,17 +26,20 @@ class Sample:
 
     Attributes:
         key: Its source id, unique in the source.
-        label: In [0, num_classes); -1 for a broken image without one.
+        label: In [0, num_classes); -1 for a broken image without one, and where none is read.
         load: Reads and decodes it: float32 (C, H, W) in [-1, 1]. Raises `BrokenImageError`.
+        load_text: Reads the text beside it, which is not blank. Raises `BrokenImageError`. None
+            where the source does not read texts.
     """
 
     key: str
     label: int
     load: Callable[[], NDArray[np.float32]]
+    load_text: Callable[[], str] | None = None
 
 
 class ImageSource(Protocol):
-    """Labelled images, each of them in exactly one piece. Small when pickled."""
+    """Images with labels or texts, each in exactly one piece. Small when pickled."""
 
     @property
     def id(self) -> str:
@@ -44,7 +47,7 @@ class ImageSource(Protocol):
 
     @property
     def num_classes(self) -> int:
-        """Labels are in [0, num_classes)."""
+        """Labels are in [0, num_classes); 0: they are not read."""
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -87,6 +90,19 @@ def check_label(label: int, num_classes: int, key: str, field: str) -> None:
         f"the label of {key} is {label}",
         f"Labels are 0 to {field}.num_classes - 1: give another {field}.num_classes or mend it",
     )
+
+
+def text_of(content: bytes | str | None) -> str:
+    """The text beside an image, UTF-8. Raises `BrokenImageError` when it says nothing."""
+    if content is None:
+        raise BrokenImageError("no text")
+    try:
+        text = content if isinstance(content, str) else content.decode()
+    except UnicodeDecodeError as error:
+        raise BrokenImageError("the text is not UTF-8") from error
+    if not text.strip():
+        raise BrokenImageError("the text is blank")
+    return text
 
 
 def broken(key: str, reason: str, label: int = -1) -> Sample:

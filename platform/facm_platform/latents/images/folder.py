@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from facm_core.autoencoders import ImageShape
 from facm_core.errors import InvalidInputError, require
-from facm_platform.latents.images.base import BrokenImageError, Piece, Sample
+from facm_platform.latents.images.base import BrokenImageError, Piece, Sample, text_of
 from facm_platform.latents.images.files import OpenedFiles, SourceFiles, found_files, is_hidden
 from facm_platform.latents.images.pixels import IMAGE_SUFFIXES, decode
 from facm_platform.latents.stream import permutation
@@ -32,11 +32,13 @@ class FolderImages:
         files: The images.
         size: Pixels of the square crop.
         class_names: The folders, sorted; () where there are none.
+        texts: Whether the text of an image is read: its file, with the suffix ``.txt``.
     """
 
     files: SourceFiles
     size: int
     class_names: tuple[str, ...]
+    texts: bool = False
 
     @property
     def id(self) -> str:
@@ -74,7 +76,8 @@ class FolderImages:
         """Keys are names relative to the folder. A file that is gone by now is a broken image."""
         opened = self.files.opened()
         for name, label in piece["files"]:
-            yield Sample(name, label, partial(_load, opened, name, self.size))
+            text = partial(_load_text, opened, name) if self.texts else None
+            yield Sample(name, label, partial(_load, opened, name, self.size), text)
 
     def _label(self, name: str, labels: dict[str, int]) -> int:
         folder, slash, _ = name.partition("/")
@@ -85,8 +88,8 @@ class FolderImages:
         raise self.files.refused(name, f"not in one of {len(labels)} class folders", _BESIDE)
 
 
-def folder_images(uri: str, size: int, field: str) -> FolderImages:
-    """The images below `uri`, in crops of `size` pixels.
+def folder_images(uri: str, size: int, texts: bool, field: str) -> FolderImages:
+    """The images below `uri`, in crops of `size` pixels; with or without the `texts` beside them.
 
     Raises:
         InvalidInputError: no folder, no image in it, or images beside the class folders.
@@ -106,7 +109,7 @@ def folder_images(uri: str, size: int, field: str) -> FolderImages:
         raise InvalidInputError(
             uri_field, uri, f"images ({beside}) beside class folders ({min(classes)})", _BESIDE
         )
-    return FolderImages(files, size, tuple(sorted(classes)))
+    return FolderImages(files, size, tuple(sorted(classes)), texts)
 
 
 def _load(opened: OpenedFiles, name: str, size: int) -> NDArray[np.float32]:
@@ -115,3 +118,10 @@ def _load(opened: OpenedFiles, name: str, size: int) -> NDArray[np.float32]:
     except FileNotFoundError as error:
         raise BrokenImageError("missing") from error
     return decode(content, size)
+
+
+def _load_text(opened: OpenedFiles, name: str) -> str:
+    try:
+        return text_of(opened.read(f"{name.rpartition('.')[0]}.txt"))
+    except FileNotFoundError:
+        return text_of(None)

@@ -1,8 +1,8 @@
-"""Images and labels in the rows of Parquet files, as Hugging Face data sets have them."""
+"""Images with labels or texts in the rows of Parquet files, as Hugging Face data sets have them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -16,7 +16,7 @@ from pyarrow.compute import struct_field
 from facm_core.autoencoders import ImageShape
 from facm_core.errors import require
 from facm_platform import storage
-from facm_platform.latents.images.base import Piece, Sample, broken, check_label
+from facm_platform.latents.images.base import Piece, Sample, broken, check_label, text_of
 from facm_platform.latents.images.files import (
     FETCH_BYTES,
     OpenedFiles,
@@ -38,9 +38,10 @@ class ParquetImages:
     Attributes:
         files: The files.
         size: Pixels of the square crop.
-        num_classes: Labels are in [0, num_classes).
+        num_classes: Labels are in [0, num_classes); 0: they are not read.
         image_column: Column of encoded images: binary, or a struct with a field ``bytes``.
         label_column: Column of integers.
+        text_column: Column of strings; "": texts are not read.
         class_names: Unknown.
     """
 
@@ -49,14 +50,16 @@ class ParquetImages:
     num_classes: int
     image_column: str
     label_column: str
+    text_column: str = ""
     class_names: tuple[str, ...] = ()
 
     @property
     def id(self) -> str:
         """Address, size, columns and how many classes."""
+        text_column = f", text_column={self.text_column!r}" if self.text_column else ""
         return (
             f"parquet(uri={self.files.uri!r}, size={self.size}, num_classes={self.num_classes}, "
-            f"image_column={self.image_column!r}, label_column={self.label_column!r})"
+            f"image_column={self.image_column!r}, label_column={self.label_column!r}{text_column})"
         )
 
     @property
@@ -86,8 +89,8 @@ class ParquetImages:
         with self._open(self.files.opened(), name) as file:
             if _run(name, _group_rows(file), *piece["row_groups"]) != piece:
                 raise self._refused(name, "not the file that it was when the encoding began")
-            for label, content in self._rows(file, piece["row_groups"]):
-                yield self._sample(f"{name}#{row}", label, content)
+            for values in self._rows(file, piece["row_groups"]):
+                yield self._sample(f"{name}#{row}", *values)
                 row += 1
 
     def check(self, name: str) -> None:
@@ -95,26 +98,38 @@ class ParquetImages:
         with self._open(self.files.opened(), name):
             pass
 
-    def _rows(self, file: pq.ParquetFile, groups: list[int]) -> Iterator[tuple[Any, Any]]:
+    def _rows(self, file: pq.ParquetFile, groups: list[int]) -> Iterator[tuple[Any, ...]]:
+        """Image, label and text of each row; None for what is missing or not read."""
         is_struct = types.is_struct(file.schema_arrow.field(self.image_column).type)
         image = f"{self.image_column}.{_BYTES}" if is_struct else self.image_column
+        others = [self.label_column if self.num_classes else "", self.text_column]
         batches = file.iter_batches(
-            _BATCH_ROWS, range(*groups), columns=[image, self.label_column], use_threads=False
+            _BATCH_ROWS,
+            range(*groups),
+            columns=[image, *filter(None, others)],
+            use_threads=False,
         )
         for batch in batches:
             images = batch.column(self.image_column)
             if is_struct:
                 images = struct_field(images, _BYTES)
-            for label, content in zip(batch.column(self.label_column), images, strict=True):
-                yield label.as_py(), content.as_py()
+            nothing = [None] * len(batch)
+            beside = (batch.column(name).to_pylist() if name else nothing for name in others)
+            for content, *values in zip(images, *beside, strict=True):
+                yield content.as_py(), *values
 
-    def _sample(self, key: str, label: int | None, content: bytes | None) -> Sample:
-        if label is None:
-            return broken(key, "no label")
-        check_label(label, self.num_classes, key, self.files.field)
+    def _sample(
+        self, key: str, content: bytes | None, label: int | None, text: str | None
+    ) -> Sample:
+        if self.num_classes:
+            if label is None:
+                return broken(key, "no label")
+            check_label(label, self.num_classes, key, self.files.field)
+        label = -1 if label is None else label
         if content is None:
             return broken(key, "no image", label)
-        return Sample(key, label, partial(decode, content, self.size))
+        load_text = partial(text_of, text) if self.text_column else None
+        return Sample(key, label, partial(decode, content, self.size), load_text)
 
     @contextmanager
     def _open(self, opened: OpenedFiles, name: str) -> Iterator[pq.ParquetFile]:
@@ -140,7 +155,11 @@ class ParquetImages:
             raise self._refused(name, f"damaged ({str(error).splitlines()[0]})") from error
 
     def _check_columns(self, schema: pa.Schema, name: str) -> None:
-        wanted = {"image_column": _is_image, "label_column": types.is_integer}
+        wanted: dict[str, Callable[[pa.DataType], bool]] = {"image_column": _is_image}
+        if self.num_classes:
+            wanted["label_column"] = types.is_integer
+        if self.text_column:
+            wanted["text_column"] = _is_text
         for option, is_right in wanted.items():
             column = getattr(self, option)
             require(
@@ -156,7 +175,7 @@ class ParquetImages:
                 f"{self.files.field}.{option}",
                 column,
                 f"in {self.files.address(name)} its type is {found}",
-                "Images are binary or a struct with a field bytes, labels are integers",
+                "Images are binary or a struct with a field bytes, labels integers, texts strings",
             )
 
     def _refused(self, name: str, problem: str) -> Exception:
@@ -164,7 +183,13 @@ class ParquetImages:
 
 
 def parquet_images(
-    uri: str, size: int, num_classes: int, image_column: str, label_column: str, field: str
+    uri: str,
+    size: int,
+    num_classes: int,
+    image_column: str,
+    label_column: str,
+    text_column: str,
+    field: str,
 ) -> ParquetImages:
     """The rows of ``*.parquet`` at `uri`.
 
@@ -172,7 +197,7 @@ def parquet_images(
         InvalidInputError: nothing there, or the first file is damaged or lacks a column.
     """
     files = found_files(uri, (".parquet",), field)
-    source = ParquetImages(files, size, num_classes, image_column, label_column)
+    source = ParquetImages(files, size, num_classes, image_column, label_column, text_column)
     source.check(next(files.names()))
     return source
 
@@ -213,3 +238,7 @@ def _is_image(type: pa.DataType) -> bool:
         field = type.get_field_index(_BYTES)
         return field >= 0 and _is_image(type.field(field).type)
     return bool(types.is_binary(type) or types.is_large_binary(type))
+
+
+def _is_text(type: pa.DataType) -> bool:
+    return bool(types.is_string(type) or types.is_large_string(type))

@@ -1,4 +1,4 @@
-"""Images and labels in tar archives, as the webdataset library writes them."""
+"""Images with labels or texts in tar archives, as the webdataset library writes them."""
 
 from __future__ import annotations
 
@@ -18,11 +18,13 @@ from facm_platform.latents.images.base import (
     Sample,
     broken,
     check_label,
+    text_of,
 )
 from facm_platform.latents.images.files import SourceFiles, found_files
 from facm_platform.latents.images.pixels import IMAGE_SUFFIXES, decode
 
 _LABELS = (".cls", ".json")
+_TEXT = ".txt"
 
 
 @dataclass(frozen=True)
@@ -32,13 +34,15 @@ class WebDatasetImages:
     Attributes:
         files: The archives.
         size: Pixels of the square crop.
-        num_classes: Labels are in [0, num_classes).
+        num_classes: Labels are in [0, num_classes); 0: they are not read.
+        texts: Whether the text of an image is read, the ``.txt``.
         class_names: Unknown.
     """
 
     files: SourceFiles
     size: int
     num_classes: int
+    texts: bool = False
     class_names: tuple[str, ...] = ()
 
     @property
@@ -60,7 +64,7 @@ class WebDatasetImages:
     def samples(self, piece: Piece) -> Iterator[Sample]:
         """Keys are ``<archive>/<name up to the first dot>``.
 
-        What has no image or no integer as label is a broken image.
+        What has no image, or no integer as label where labels are read, is a broken image.
 
         Raises:
             InvalidInputError: an archive that is missing, truncated or damaged, or in which the
@@ -78,14 +82,17 @@ class WebDatasetImages:
                 yield self._sample(f"{name}/{group.base}", group)
 
     def _sample(self, key: str, group: _Group) -> Sample:
-        try:
-            label = group.label()
-        except BrokenImageError as error:
-            return broken(key, str(error))
-        check_label(label, self.num_classes, key, self.files.field)
+        label = -1
+        if self.num_classes:
+            try:
+                label = group.label()
+            except BrokenImageError as error:
+                return broken(key, str(error))
+            check_label(label, self.num_classes, key, self.files.field)
         if len(group.images) != 1:
             return broken(key, "several images" if group.images else "no image", label)
-        return Sample(key, label, partial(decode, group.images[0], self.size))
+        load_text = partial(text_of, group.text) if self.texts else None
+        return Sample(key, label, partial(decode, group.images[0], self.size), load_text)
 
     @contextmanager
     def _archive(self, name: str) -> Iterator[tarfile.TarFile]:
@@ -115,13 +122,15 @@ class WebDatasetImages:
         return self.files.refused(name, problem, remedy)
 
 
-def webdataset_images(uri: str, size: int, num_classes: int, field: str) -> WebDatasetImages:
+def webdataset_images(
+    uri: str, size: int, num_classes: int, texts: bool, field: str
+) -> WebDatasetImages:
     """The images in ``*.tar`` at `uri`.
 
     Raises:
         InvalidInputError: nothing there.
     """
-    return WebDatasetImages(found_files(uri, (".tar",), field), size, num_classes)
+    return WebDatasetImages(found_files(uri, (".tar",), field), size, num_classes, texts)
 
 
 class _DamageError(Exception):
@@ -147,6 +156,7 @@ class _Group:
     base: str
     images: list[bytes] = field(default_factory=list)
     labels: dict[str, bytes] = field(default_factory=dict)
+    text: bytes | None = None
 
     def label(self) -> int:
         """The integer in the ``.cls``, or of "label" or "cls" in the ``.json``."""
@@ -189,6 +199,8 @@ def _groups(archive: tarfile.TarFile) -> Iterator[_Group]:
             group.images.append(_content(archive, member))
         elif suffix in _LABELS:
             group.labels[suffix] = _content(archive, member)
+        elif suffix == _TEXT:
+            group.text = _content(archive, member)
     if group.base:
         yield group
 
