@@ -10,7 +10,7 @@ from facm_core.objectives import FACMConfig, MeanFlowConfig, SCMConfig
 from facm_platform import storage
 from facm_platform.cluster import connected
 from facm_platform.config import JobResult
-from facm_platform.config.sections import DataConfig, RunConfig
+from facm_platform.config.sections import DataConfig, RunConfig, TeacherConfig
 from facm_platform.evaluation import evaluate
 from facm_platform.evaluation.config import check_measure
 from facm_platform.evaluation.extractors import FITTED, load_extractor
@@ -48,7 +48,7 @@ class CompareConfig:
 
     run: RunConfig
     data: DataConfig
-    teacher: distill.TeacherConfig
+    teacher: TeacherConfig
     objective: FACMConfig = field(default_factory=FACMConfig)
     mean_flow: MeanFlowConfig = field(default_factory=MeanFlowConfig)
     scm: SCMConfig = field(default_factory=SCMConfig)

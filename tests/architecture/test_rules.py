@@ -25,7 +25,7 @@ PLATFORM = "platform/facm_platform"
 DASHBOARDS = "dashboards/facm_dashboards"
 
 CORE_IMPORTS = {"facm_core", "torch", "numpy", "safetensors"}
-CORE_MAY_IMPORT = {"diffusers", "triton"}
+CORE_MAY_IMPORT = {"diffusers", "ftfy", "transformers", "triton"}
 NOT_IN_CORE = {
     "ray",
     "mlflow",

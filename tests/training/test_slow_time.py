@@ -16,12 +16,12 @@ from torch import Tensor
 from facm_core.errors import InvalidInputError
 from facm_core.models.time_scale import SlowTimesteps
 from facm_platform.config import Refused
-from facm_platform.config.sections import DataConfig, RunConfig
+from facm_platform.config.sections import DataConfig, RunConfig, TeacherConfig
 from facm_platform.registry import load_artifact
 from facm_platform.tracking import Store
 from facm_platform.training import distill
 from facm_platform.training.context import LocalContext
-from facm_platform.training.distill import DistillConfig, TeacherConfig
+from facm_platform.training.distill import DistillConfig
 from facm_platform.training.loop import train
 from facm_platform.training.slow_time import SlowTimeConfig, SlowTimePlan, prepare
 from tests.small import artifact_config, write_digits, write_model

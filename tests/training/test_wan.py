@@ -13,7 +13,7 @@ import torch
 from facm_core.errors import InvalidInputError
 from facm_core.memory import MemoryConfig, plan, preset_of
 from facm_core.objectives import FACMConfig, MeanFlowConfig, SCMConfig
-from facm_platform.config.sections import DataConfig, RunConfig
+from facm_platform.config.sections import DataConfig, RunConfig, TeacherConfig
 from facm_platform.latents import LatentManifest
 from facm_platform.registry import load_artifact
 from facm_platform.registry.import_wan import ImportWanConfig
@@ -22,7 +22,7 @@ from facm_platform.tracking import Store
 from facm_platform.training import distill
 from facm_platform.training.config import WorkersConfig
 from facm_platform.training.context import LocalContext
-from facm_platform.training.distill import DistillConfig, DistillPlan, TeacherConfig
+from facm_platform.training.distill import DistillConfig, DistillPlan
 from facm_platform.training.export import export
 from facm_platform.training.launch import launch
 from facm_platform.training.loop import train

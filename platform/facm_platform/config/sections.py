@@ -34,6 +34,17 @@ class DataConfig:
     uri: str
 
 
+@dataclass(frozen=True, kw_only=True)
+class TeacherConfig:
+    """The teacher.
+
+    Attributes:
+        uri: Folder or ``s3://`` prefix of its model artefact.
+    """
+
+    uri: str
+
+
 def require_step_counts(field: str, steps: tuple[int, ...]) -> None:
     """Raise `InvalidInputError` unless these are numbers of steps to sample in."""
     fits = bool(steps) and min(steps) >= 1 and len(set(steps)) == len(steps)

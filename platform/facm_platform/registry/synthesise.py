@@ -20,7 +20,7 @@ from facm_core.models import Network
 from facm_core.samplers import sample_euler, sample_noise
 from facm_core.text_encoders import clean_prompt
 from facm_platform import storage
-from facm_platform.config.sections import RunConfig
+from facm_platform.config.sections import RunConfig, TeacherConfig
 from facm_platform.latents.build import BuildersConfig, BuildPlan, Piece, SetBuild
 from facm_platform.latents.captions import Embedder
 from facm_platform.latents.manifest import Quarantined
@@ -34,17 +34,6 @@ JOB = "synthesise"
 # To be raised when equal configurations give other latents or another layout than before.
 _VERSION = 1
 _LISTED = 5
-
-
-@dataclass(frozen=True, kw_only=True)
-class TeacherConfig:
-    """Who draws.
-
-    Attributes:
-        uri: Folder of a teacher of texts, which jobs/import_wan.py wrote.
-    """
-
-    uri: str
 
 
 @dataclass(frozen=True, kw_only=True)

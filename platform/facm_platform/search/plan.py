@@ -18,6 +18,7 @@ from facm_core.errors import require
 from facm_platform import storage
 from facm_platform.cluster import connected
 from facm_platform.config import JobResult, Refused, as_dict, as_yaml, load_config
+from facm_platform.config.sections import TeacherConfig
 from facm_platform.search.config import PBT, SearchConfig
 from facm_platform.search.findings import Confirmed, Findings
 from facm_platform.search.proposals import Listed, Proposals, Study
@@ -150,7 +151,7 @@ class SearchPlan:
             plan.config,
             run=replace(run, name=f"{run.name}-winner"),
             data=replace(plan.config.data, uri=plan.data_uri),
-            teacher=distill.TeacherConfig(uri=plan.teacher.uri),
+            teacher=TeacherConfig(uri=plan.teacher.uri),
             validation=replace(plan.validation, reference_uri=None),
         )
 

@@ -11,7 +11,7 @@ from facm_core.models import Architecture, WanConfig
 from facm_core.objectives import FACMConfig, MeanFlowConfig, SCMConfig
 from facm_platform import storage
 from facm_platform.config import JobResult, config_hash, revised
-from facm_platform.config.sections import DataConfig, RunConfig
+from facm_platform.config.sections import DataConfig, RunConfig, TeacherConfig
 from facm_platform.evaluation.config import check_measure
 from facm_platform.evaluation.extractors import load_extractor
 from facm_platform.evaluation.reference import find_reference
@@ -34,18 +34,6 @@ from facm_platform.training.run import (
     open_data,
 )
 from facm_platform.training.task import SAME, STUDENTS, Stage, TrainingTask
-
-
-@dataclass(frozen=True, kw_only=True)
-class TeacherConfig:
-    """The frozen teacher.
-
-    Attributes:
-        uri: Folder of its model artefact.
-    """
-
-    uri: str
-
 
 JOB = "distill"
 _NAMES = {FACMConfig: "facm", MeanFlowConfig: "mean_flow", SCMConfig: "scm"}

@@ -68,6 +68,8 @@ class WanNetworkConfig:
         attention_head_dim: Channels of each, an even number from 6.
         ffn_dim: Width of a block's MLP.
         freq_dim: Width of the sinusoidal time features.
+        fastest: Sinusoids of the time turn by at most so many radians per unit of t. Published
+            networks have 1,000 (None), which students by FACM do not bear.
     """
 
     patch_size: int
@@ -76,6 +78,7 @@ class WanNetworkConfig:
     attention_head_dim: int
     ffn_dim: int
     freq_dim: int = 256
+    fastest: float | None = 20.0
 
     def on(self, manifest: LatentManifest) -> WanConfig:
         """The architecture for the latents and the texts of a set."""
@@ -93,6 +96,7 @@ class WanNetworkConfig:
             attention_head_dim=self.attention_head_dim,
             ffn_dim=self.ffn_dim,
             freq_dim=self.freq_dim,
+            fastest=self.fastest,
         )
 
 

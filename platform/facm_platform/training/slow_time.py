@@ -25,7 +25,7 @@ from facm_core.models.time_scale import (
 from facm_core.precision import DTYPES
 from facm_platform import storage
 from facm_platform.config import JobResult, Refused, config_hash
-from facm_platform.config.sections import DataConfig, RunConfig
+from facm_platform.config.sections import DataConfig, RunConfig, TeacherConfig
 from facm_platform.latents import LatentManifest, LatentStream, local_batches
 from facm_platform.registry import Artifact, load_artifact, save_artifact
 from facm_platform.tracking import (
@@ -36,7 +36,7 @@ from facm_platform.tracking import (
     open_run,
 )
 from facm_platform.tracking.run import Run
-from facm_platform.training.distill import TeacherConfig, lineage
+from facm_platform.training.distill import lineage
 from facm_platform.training.run import open_data
 
 JOB = "slow_time"
