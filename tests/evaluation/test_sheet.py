@@ -39,8 +39,19 @@ def test_nearest_neighbour_keeps_every_pixel_a_square(tmp_path: Path) -> None:
     draw_sheet(tmp_path / "sheet.png", [Group("real", "", {(0, 0): image})], classes=1, samples=1)
     pixels = np.asarray(Image.open(tmp_path / "sheet.png").convert("L"))
     height, width = pixels.shape
-    tile = pixels[height - 18 - 48 : height - 18, width - 18 - 48 : width - 18]
+    right = width - 18 - (124 - 48) // 2  # in the middle of what its subheading needs
+    tile = pixels[height - 18 - 48 : height - 18, right - 48 : right]
     assert np.array_equal(tile, np.kron(image[0].numpy(), np.ones((6, 6), np.uint8)))
+
+
+def test_subheadings_of_narrow_groups_stay_apart(tmp_path: Path) -> None:
+    image = {(0, 0): torch.zeros(1, 8, 8, dtype=torch.uint8)}
+    groups = [Group("student", f"{steps} steps · FID 16.47", image) for steps in (40, 50)]
+    draw_sheet(tmp_path / "sheet.png", groups, classes=1, samples=1)
+    pixels = np.asarray(Image.open(tmp_path / "sheet.png").convert("L"))
+    inked = np.flatnonzero((pixels[40:60] < 200).any(axis=0))
+    # One gap, wider than those between words.
+    assert (np.diff(inked) > 12).sum() == 1
 
 
 def test_colour_images_and_missing_ones(tmp_path: Path) -> None:

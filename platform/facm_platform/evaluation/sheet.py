@@ -16,6 +16,7 @@ _TILE_PIXELS = 48  # an image is enlarged by the whole factor that comes nearest
 _GAP, _GROUP_GAP, _MARGIN = 3, 22, 18
 _HEADING, _LABEL_WIDTH = 46, 34
 _FONT, _SMALL_FONT = 15, 12
+_GROUP_WIDTH = 124  # at least, for its subheading
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Group:
 def sheet_size(groups: int, classes: int, samples: int, image_size: int) -> tuple[int, int]:
     """Width and height in pixels of the sheet that `draw_sheet` makes."""
     tile = image_size * _scale(image_size)
-    group_width = samples * tile + (samples - 1) * _GAP
+    group_width = max(_GROUP_WIDTH, _images_width(samples, tile))
     width = 2 * _MARGIN + _LABEL_WIDTH + groups * group_width + (groups - 1) * _GROUP_GAP
     height = 2 * _MARGIN + _HEADING + classes * tile + (classes - 1) * _GAP
     return width, height
@@ -56,7 +57,7 @@ def draw_sheet(path: Path, groups: Sequence[Group], classes: int, samples: int) 
     sheet = Image.new("RGB", sheet_size(len(groups), classes, samples, size), _BACKGROUND)
     draw = ImageDraw.Draw(sheet)
     font, small = ImageFont.load_default(_FONT), ImageFont.load_default(_SMALL_FONT)
-    group_width = samples * tile + (samples - 1) * _GAP
+    group_width = max(_GROUP_WIDTH, _images_width(samples, tile))
     top = _MARGIN + _HEADING
     for label in range(classes):
         middle = top + label * (tile + _GAP) + tile // 2
@@ -64,6 +65,7 @@ def draw_sheet(path: Path, groups: Sequence[Group], classes: int, samples: int) 
     for index, group in enumerate(groups):
         left = _MARGIN + _LABEL_WIDTH + index * (group_width + _GROUP_GAP)
         centre = left + group_width // 2
+        left = centre - _images_width(samples, tile) // 2
         draw.text((centre, _MARGIN + 8), group.heading, _INK, font, anchor="mm")
         draw.text((centre, _MARGIN + 28), group.subheading, _FAINT, small, anchor="mm")
         for (label, number), image in group.images.items():
@@ -71,6 +73,10 @@ def draw_sheet(path: Path, groups: Sequence[Group], classes: int, samples: int) 
                 place = (left + number * (tile + _GAP), top + label * (tile + _GAP))
                 sheet.paste(_enlarged(image), place)
     sheet.save(path, optimize=True)
+
+
+def _images_width(samples: int, tile: int) -> int:
+    return samples * tile + (samples - 1) * _GAP
 
 
 def _scale(image_size: int) -> int:
