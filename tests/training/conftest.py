@@ -88,14 +88,17 @@ def weights(task: TrainingTask) -> dict[str, torch.Tensor]:
     return load_file(Path(task.artifact_uri) / "model.safetensors")
 
 
-def plain_distillation(task: TrainingTask) -> dict[str, torch.Tensor]:
+def plain_training(task: TrainingTask) -> dict[str, torch.Tensor]:
     """Oracle: averaged weights of the same steps without FSDP, Ray, contexts or windows."""
-    assert task.teacher_uri is not None
-    teacher = load_artifact(task.teacher_uri).model
+    teacher = load_artifact(task.teacher_uri).model if task.teacher_uri else None
     torch.manual_seed(TRAIN.seed)  # for the parameters that the teacher does not have
     student = build_network(task.artifact.architecture)
-    start = teacher if task.student == "same" else getattr(teacher, task.student)
-    student.load_state_dict(start.state_dict(), strict=False)
+    if teacher is not None:
+        start = teacher if task.student == "same" else getattr(teacher, task.student)
+        student.load_state_dict(start.state_dict(), strict=False)
+    elif task.artifact.architecture.text_shape:
+        null = load_file(Path(task.stream.uri, "null_text.safetensors"))
+        student.load_state_dict({f"null_{k}": v for k, v in null.items()}, strict=False)
     if task.lora is not None:
         add_plain_adapters(student, task)
     objective: Any = task.build_objective()

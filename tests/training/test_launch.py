@@ -22,7 +22,7 @@ from facm_platform.training.config import WorkersConfig
 from facm_platform.training.launch import launch
 from facm_platform.training.loop import step_seed
 from facm_platform.training.task import TrainingTask
-from tests.training.conftest import TRAIN, MakeTask, plain_distillation, weights
+from tests.training.conftest import TRAIN, MakeTask, plain_training, weights
 
 
 @pytest.mark.usefixtures("ray_cluster")
@@ -45,7 +45,7 @@ def test_two_sharded_workers_equal_one_plain_process(
     metrics = launch(task, WorkersConfig(max=2))
     assert metrics["skipped_steps"] == 0
     got = weights(task)
-    for name, expected in plain_distillation(task).items():
+    for name, expected in plain_training(task).items():
         torch.testing.assert_close(got[name], expected, rtol=1e-4, atol=1e-6)
 
 
@@ -63,7 +63,7 @@ def test_a_run_goes_on_with_another_number_of_workers(make_task: MakeTask) -> No
     task = make_task(train=replace(TRAIN, micro_batch_size=3))
     launch(task, WorkersConfig(max=1))
     got = weights(task)
-    for name, expected in plain_distillation(task).items():
+    for name, expected in plain_training(task).items():
         torch.testing.assert_close(got[name], expected, rtol=1e-4, atol=1e-6)
 
 

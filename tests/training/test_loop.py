@@ -30,7 +30,7 @@ from tests.training.conftest import (
     Interrupted,
     InterruptedContext,
     MakeTask,
-    plain_distillation,
+    plain_training,
     weights,
 )
 
@@ -72,7 +72,7 @@ def test_loop_equals_plain_adamw(make_task: MakeTask, tmp_path: Path) -> None:
     task = make_task()
     train(task, LocalContext(tmp_path / "run"))
     got = weights(task)
-    for name, expected in plain_distillation(task).items():
+    for name, expected in plain_training(task).items():
         torch.testing.assert_close(got[name], expected, rtol=1e-5, atol=1e-6)
 
 
@@ -176,7 +176,7 @@ def test_a_batch_in_several_passes_is_the_same_batch(
     task = make_task(train=replace(TRAIN, micro_batch_size=micro_batch_size))
     train(task, LocalContext(tmp_path / "run"))
     got = weights(task)
-    for name, expected in plain_distillation(task).items():
+    for name, expected in plain_training(task).items():
         torch.testing.assert_close(got[name], expected, rtol=1e-4, atol=1e-6)
 
 
@@ -228,7 +228,7 @@ def test_a_run_that_ends_by_the_clock_goes_on_from_there(
     task = make_task()
     train(task, LocalContext(tmp_path / "run"))
     got = weights(task)
-    for name, expected in plain_distillation(task).items():
+    for name, expected in plain_training(task).items():
         torch.testing.assert_close(got[name], expected, rtol=1e-5, atol=1e-6)
 
 

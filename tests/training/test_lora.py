@@ -33,7 +33,7 @@ from tests.training.conftest import (
     Interrupted,
     InterruptedContext,
     MakeTask,
-    plain_distillation,
+    plain_training,
     weights,
 )
 from tests.training.test_wan import Distill, distilled, task_of  # noqa: F401  (a fixture)
@@ -92,7 +92,7 @@ def test_the_loop_equals_peft_in_a_plain_process(
 ) -> None:
     task = make_task(lora=LORA, train=replace(TRAIN, **options))
     got, teacher = run(task), teacher_of(task)
-    assert_near(got, plain_distillation(task))
+    assert_near(got, plain_training(task))
     for name, tensor in teacher.items():
         assert torch.equal(got[name], tensor) == (not name.endswith(ADAPTED)), name
 
@@ -102,7 +102,7 @@ def test_the_loop_equals_peft_in_a_plain_process(
 def test_two_workers_equal_peft_in_a_plain_process(make_task: MakeTask) -> None:
     task = make_task(lora=LORA)
     launch(task, WorkersConfig(max=2))
-    assert_near(weights(task), plain_distillation(task))
+    assert_near(weights(task), plain_training(task))
 
 
 @pytest.mark.usefixtures("process_group")
@@ -110,7 +110,7 @@ def test_two_workers_equal_peft_in_a_plain_process(make_task: MakeTask) -> None:
 def test_a_wan_or_one_of_its_experts(distilled: Distill, student: str) -> None:  # noqa: F811
     task = task_of(distilled(student=student, lora=WAN_LORA))
     got, teacher = run(task), teacher_of(task)
-    expected = plain_distillation(task)
+    expected = plain_training(task)
     assert got.keys() == expected.keys()
     for name, tensor in expected.items():
         start = teacher[name if student == "same" else f"low_noise.{name}"]

@@ -23,7 +23,7 @@ from tests.training.conftest import (
     TRAIN,
     Interrupted,
     InterruptedContext,
-    plain_distillation,
+    plain_training,
     weights,
 )
 
@@ -93,7 +93,7 @@ def test_two_methods_are_refused(
 def test_the_loop_equals_plain_adamw(method_task: TrainingTask, tmp_path: Path) -> None:
     train(method_task, LocalContext(tmp_path / "run"))
     got = weights(method_task)
-    for name, expected in plain_distillation(method_task).items():
+    for name, expected in plain_training(method_task).items():
         torch.testing.assert_close(got[name], expected, rtol=1e-4, atol=1e-6)
 
 
@@ -125,5 +125,5 @@ def test_what_an_objective_learns_is_resumed(method_task: TrainingTask, tmp_path
 def test_two_workers_equal_one_plain_process(method_task: TrainingTask) -> None:
     launch(method_task, WorkersConfig(max=2))
     got = weights(method_task)
-    for name, expected in plain_distillation(method_task).items():
+    for name, expected in plain_training(method_task).items():
         torch.testing.assert_close(got[name], expected, rtol=1e-4, atol=1e-6)

@@ -9,27 +9,36 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from facm_core.errors import InvalidInputError
 from facm_core.memory import MemoryConfig, plan, preset_of
-from facm_core.objectives import FACMConfig, MeanFlowConfig, SCMConfig
+from facm_core.models import WanConfig
+from facm_core.objectives import FACMConfig, FlowMatchingConfig, MeanFlowConfig, SCMConfig
 from facm_platform.config.sections import DataConfig, RunConfig, TeacherConfig
 from facm_platform.latents import LatentManifest
+from facm_platform.latents.null_text import NullText
 from facm_platform.registry import load_artifact
 from facm_platform.registry.import_wan import ImportWanConfig
 from facm_platform.registry.import_wan import prepare as prepare_import
 from facm_platform.tracking import Store
-from facm_platform.training import distill
+from facm_platform.training import distill, pretrain
 from facm_platform.training.config import WorkersConfig
 from facm_platform.training.context import LocalContext
 from facm_platform.training.distill import DistillConfig, DistillPlan
 from facm_platform.training.export import export
 from facm_platform.training.launch import launch
 from facm_platform.training.loop import train
+from facm_platform.training.pretrain import (
+    NetworkConfig,
+    PretrainConfig,
+    PretrainPlan,
+    WanNetworkConfig,
+)
 from facm_platform.training.task import TrainingTask
 from tests.small import ARCHITECTURE, artifact_config, write_model
 from tests.tiny_wan import SIDE, TEXT, write_pipeline, write_texts
-from tests.training.conftest import TRAIN, plain_distillation, weights
+from tests.training.conftest import TRAIN, plain_training, weights
 
 Distill = Callable[..., DistillPlan]
 
@@ -74,7 +83,7 @@ def task_of(plan: DistillPlan) -> TrainingTask:
 
 def assert_plain(task: TrainingTask) -> None:
     got = weights(task)
-    for name, expected in plain_distillation(task).items():
+    for name, expected in plain_training(task).items():
         torch.testing.assert_close(got[name], expected, rtol=1e-4, atol=1e-6)
 
 
@@ -87,7 +96,7 @@ def test_two_workers_with_shards_of_a_pair_equal_one_plain_process(distilled: Di
     launch(task, WorkersConfig(max=2))
     assert task.teacher_uri is not None
     start, got = load_artifact(task.teacher_uri).model.state_dict(), weights(task)
-    for name, expected in plain_distillation(task).items():
+    for name, expected in plain_training(task).items():
         moved = (expected - start[name]).norm()
         assert (got[name] - expected).norm() <= 1e-3 * moved, name
 
@@ -146,3 +155,88 @@ def test_texts_are_no_labels(distilled: Distill, tmp_path: Path, digits_uri: str
         distilled(teacher=TeacherConfig(uri=str(tmp_path / "labels")))
     with pytest.raises(InvalidInputError, match=r"teacher's latents are \(4, 4, 4\)"):
         distilled(data=DataConfig(uri=digits_uri))
+
+
+SIZE = WanNetworkConfig(
+    patch_size=2,
+    num_layers=1,
+    num_attention_heads=2,
+    attention_head_dim=12,
+    ffn_dim=48,
+    freq_dim=32,
+    fastest=20,
+)
+
+
+@pytest.fixture
+def pretrained(tmp_path: Path, store: Store) -> Callable[..., PretrainPlan]:
+    """``pretrained(field=value)`` -> the plan of a teacher of texts."""
+    write_texts(tmp_path / "set")
+
+    def make(**changes: Any) -> PretrainPlan:
+        values: dict[str, Any] = {
+            "run": RunConfig(name="teacher", storage_uri=str(tmp_path / "runs")),
+            "data": DataConfig(uri=str(tmp_path / "set")),
+            "wan": SIZE,
+            "objective": FlowMatchingConfig(label_dropout=0.5),
+            "train": TRAIN,
+        }
+        return pretrain.prepare(PretrainConfig(**values | changes))
+
+    return make
+
+
+@pytest.mark.usefixtures("process_group")
+def test_a_teacher_of_texts_is_trained_with_their_null_prompt(
+    pretrained: Callable[..., PretrainPlan], tmp_path: Path
+) -> None:
+    null = load_file(tmp_path / "set" / "null_text.safetensors")
+    NullText(null["text_embedding"], null["text_mask"], "words", "abc").save(str(tmp_path / "set"))
+    plan = pretrained()
+    assert plan.architecture == WanConfig(
+        height=4,
+        width=4,
+        in_channels=4,
+        text_tokens=TEXT[0],
+        text_dim=TEXT[1],
+        num_layers=1,
+        num_attention_heads=2,
+        attention_head_dim=12,
+        ffn_dim=48,
+        freq_dim=32,
+        fastest=20,
+    )
+    task = replace(plan.task("", ""), run_id=None)
+    train(task, LocalContext(Path(task.folder_uri)))
+    assert_plain(task)
+    teacher = load_artifact(task.artifact_uri)
+    assert (teacher.config.text_encoder_id, teacher.config.text_encoder_sha256) == ("words", "abc")
+    for name, value in null.items():
+        assert torch.equal(teacher.model.get_buffer(f"null_{name}"), value.float())
+
+
+def test_a_teachers_size_is_one_for_the_rows(
+    pretrained: Callable[..., PretrainPlan], digits_uri: str
+) -> None:
+    dit = NetworkConfig(patch_size=4, hidden_size=16, depth=1, num_heads=2)
+    labels = DataConfig(uri=digits_uri)
+    for problem, changes in {
+        r"wan = None: the rows of data\.uri have texts": {"wan": None, "network": dit},
+        r"network = .*: it does not read texts, which data\.uri has": {"network": dit},
+        r"network = None: the rows of data\.uri have labels": {"data": labels},
+        r"wan = .*: it does not read labels": {"data": labels, "network": dit},
+        r"wan\.patch_size = .*: does not divide": {"wan": replace(SIZE, patch_size=3)},
+    }.items():
+        with pytest.raises(InvalidInputError, match=problem):
+            pretrained(**changes)
+
+
+def test_prompts_of_another_text_encoder_are_refused(distilled: Distill, tmp_path: Path) -> None:
+    uri = str(tmp_path / "set")
+    null = NullText.load(uri, LatentManifest.load(uri))
+    encoder = load_artifact(str(tmp_path / "teacher")).config.text_encoder_sha256
+    replace(null, encoder_id="another", encoder_sha256="abc").save(uri)
+    with pytest.raises(InvalidInputError, match=r"data\.uri = .*embedded by another \(abc…\)"):
+        distilled()
+    replace(null, encoder_id="the same", encoder_sha256=encoder).save(uri)
+    assert distilled().teacher.config.text_encoder_sha256 == encoder
