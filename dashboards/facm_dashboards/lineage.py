@@ -9,6 +9,10 @@ from facm_dashboards.runs import evaluations
 from facm_platform.registry.versions import Version
 from facm_platform.tracking.reading import RunRecord
 
+_SETS = ("encode", "import", "synthesise")
+_TEACHERS = ("pretrain", "import_wan", "slow_time")
+"""Jobs that make them."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Node:
@@ -38,18 +42,15 @@ class Stage:
 def lineage(run: RunRecord, runs: Sequence[RunRecord], versions: Iterable[Version]) -> list[Stage]:
     """The stages of a training run or of an evaluation; those that are not known say so."""
     manifest, teacher = run.tags.get("manifest_sha256"), run.tags.get("teacher_sha256")
-    encoded = [
-        one for one in runs if one.job == "encode" and _has(one, "manifest_sha256", manifest)
-    ]
+    encoded = [one for one in runs if one.job in _SETS and _has(one, "manifest_sha256", manifest)]
     students = [run] if run.job == "distill" else _students(run, runs)
-    teachers = [run] if run.job == "pretrain" else _trained(teacher, runs, "pretrain")
+    teachers = [run] if run.job in _TEACHERS else _trained(teacher, runs)
     measured = {run.run_id} | {
         one.run_id for student in students for one in evaluations(student, runs)
     }
     registered = [version for version in versions if version.run_id in measured]
-    source = encoded[0].params.get("source.kind", "") if encoded else ""
     stages = [
-        Stage(name="images", nodes=[Node(title=source or "not tracked")]),
+        Stage(name="images", nodes=[Node(title=_source(encoded[0]) if encoded else "not tracked")]),
         Stage(
             name="latent set",
             nodes=[_node(one, run, manifest) for one in encoded[:1]]
@@ -80,15 +81,22 @@ def lineage(run: RunRecord, runs: Sequence[RunRecord], versions: Iterable[Versio
 def _students(run: RunRecord, runs: Sequence[RunRecord]) -> list[RunRecord]:
     """Of an evaluation the one that it measured; of a teacher those that learned from it."""
     weights = run.tags.get("model_sha256")
-    if run.job == "pretrain":
+    if run.job in _TEACHERS:
         return [
             one for one in runs if one.job == "distill" and _has(one, "teacher_sha256", weights)
         ]
     return [one for one in runs if one.job == "distill" and run in evaluations(one, runs)]
 
 
-def _trained(weights: str | None, runs: Sequence[RunRecord], job: str) -> list[RunRecord]:
-    return [one for one in runs if one.job == job and _has(one, "model_sha256", weights)]
+def _trained(weights: str | None, runs: Sequence[RunRecord]) -> list[RunRecord]:
+    return [one for one in runs if one.job in _TEACHERS and _has(one, "model_sha256", weights)]
+
+
+def _source(encoded: RunRecord) -> str:
+    """What a set was made from."""
+    if encoded.job == "synthesise":
+        return "prompts"
+    return encoded.params.get("source.kind") or "latents"
 
 
 def _has(run: RunRecord, tag: str, value: str | None) -> bool:
