@@ -19,6 +19,7 @@ from facm_platform.latents import LatentManifest
 from facm_platform.latents.build import BuildersConfig, BuildPlan, SetBuild
 from facm_platform.latents.null_text import NULL_TEXT, NullText
 from facm_platform.latents.text_encoder import open_text_encoder
+from facm_platform.prompts import read_prompts
 from facm_platform.registry import load_artifact, synthesise
 from facm_platform.registry.generator import latent_sampler
 from facm_platform.registry.import_wan import ImportWanConfig
@@ -28,7 +29,6 @@ from facm_platform.registry.synthesise import (
     TeacherConfig,
     narrowed,
     prepare,
-    read_prompts,
 )
 from facm_platform.tracking import Store
 from tests.latents.test_captions import rows
@@ -144,7 +144,7 @@ def test_the_hash_is_of_all_that_bears_on_the_set(prepared: Prepare, tmp_path: P
     ("content", "problem"),
     [
         (b"one\n\ntwo\n  \none", "line 2 is blank; line 4 is blank; line 5 repeats line 1"),
-        (b"a &amp; b\na  & b\n", "line 2 repeats line 1"),
+        (b"a & b\n a  & b\n", "line 2 repeats line 1"),
         (b"", "line 1 is blank"),
         (b"one\n\n", "line 2 is blank"),
         (b"\xff", "not UTF-8"),
@@ -164,7 +164,7 @@ def test_the_lines_of_a_file_from_anywhere(tmp_path: Path, bucket: str) -> None:
     content = "\ufeffein Fluß\r\na\u2028b\r\n".encode()
     for uri in (str(tmp_path / "prompts.txt"), f"{bucket}/prompts.txt"):
         storage.write_bytes(uri, content)
-        assert read_prompts(uri) == ["ein Fluß", "a\u2028b"]
+        assert read_prompts(uri) == ("ein Fluß", "a\u2028b")
 
 
 def test_teachers_that_cannot_do_it(prepared: Prepare, tmp_path: Path) -> None:

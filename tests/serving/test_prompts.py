@@ -16,7 +16,6 @@ import pytest
 from schemathesis import GenerationMode
 
 from facm_core.errors import InvalidInputError
-from facm_platform.prompts import read_prompts
 from facm_platform.serving import ServeConfig, prepare
 from facm_platform.serving.config import BatchingConfig, LimitsConfig
 from facm_platform.serving.load import Body, LoadConfig, ask
@@ -134,15 +133,3 @@ def test_load_by_prompt(texts: ServedTexts, tmp_path: Path) -> None:
     assert asked == {(PROMPTS[(0, 2)[i % 2]], 5 + i) for i in range(8)}
     with pytest.raises(InvalidInputError, match=r"prompts_uri = None: the model takes a prompt"):
         prepare_load(LoadConfig(url=texts.url))
-
-
-def test_files_that_hold_no_prompts(tmp_path: Path) -> None:
-    (tmp_path / "empty.txt").write_text(" \n\n")
-    (tmp_path / "latin.txt").write_bytes("Bär".encode("latin-1"))
-    for name, message in (
-        ("none.txt", "no file lies there"),
-        ("empty.txt", "there is no prompt in it"),
-        ("latin.txt", "not UTF-8"),
-    ):
-        with pytest.raises(InvalidInputError, match=f"prompts_uri.*{message}"):
-            read_prompts(str(tmp_path / name))

@@ -25,7 +25,7 @@ from facm_platform.evaluation.protocol import SEED_STRIDE
 from facm_platform.evaluation.scores import NAMES, ScoreConfig, load_scorer
 from facm_platform.evaluation.sheet import Column, draw_prompt_sheet
 from facm_platform.prompts import read_prompts
-from facm_platform.registry import ArtifactConfig, ArtifactInfo, load_artifact
+from facm_platform.registry import ArtifactConfig, ArtifactInfo, read_artifact
 from facm_platform.registry.generator import Generator, check_text_encoder
 from facm_platform.tracking import (
     check_run_name,
@@ -297,7 +297,7 @@ def prepare(config: SheetConfig) -> SheetPlan:
 
 def _model(role: str, uri: str) -> ArtifactInfo:
     field = f"{role}_uri"
-    found = load_artifact(uri, field).info
+    found = read_artifact(uri, field)
     its = found.config.role
     require(its == role, field, uri, f"it is a {its}", f"Give a {role}'s artefact")
     classes = found.config.architecture.num_classes

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -14,11 +14,10 @@ import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 
-from facm_core.errors import InvalidInputError, require
+from facm_core.errors import require
 from facm_core.guidance import GuidanceConfig
 from facm_core.models import Network
 from facm_core.samplers import sample_euler, sample_noise
-from facm_core.text_encoders import clean_prompt
 from facm_platform import storage
 from facm_platform.config.sections import RunConfig, TeacherConfig
 from facm_platform.latents.build import BuildersConfig, BuildPlan, Piece, SetBuild
@@ -27,13 +26,13 @@ from facm_platform.latents.manifest import Quarantined
 from facm_platform.latents.null_text import NullText
 from facm_platform.latents.tables import KEY, LATENT, RowFormat
 from facm_platform.latents.text_encoder import find_text_encoder, open_text_encoder
-from facm_platform.registry.artifact import ArtifactInfo, load_artifact
+from facm_platform.prompts import read_prompts
+from facm_platform.registry.artifact import ArtifactInfo, load_artifact, read_artifact
 from facm_platform.tracking import check_run_name, check_store, embedded_root
 
 JOB = "synthesise"
 # To be raised when equal configurations give other latents or another layout than before.
 _VERSION = 1
-_LISTED = 5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +86,7 @@ def prepare(config: SynthesiseConfig) -> BuildPlan:
     check_store(config.run.tracking, embedded_root(config.run.storage_uri))
     output_uri = storage.absolute(config.output_uri, "output_uri")
     prompts = read_prompts(config.prompts_uri)
-    teacher = load_artifact(config.teacher.uri, "teacher.uri").info
+    teacher = read_artifact(config.teacher.uri)
     _check_teacher(config, teacher)
     of_teacher = teacher.config
     channels, height, width = of_teacher.latent_shape
@@ -138,36 +137,6 @@ def prepare(config: SynthesiseConfig) -> BuildPlan:
             "text_encoder_sha256": of_teacher.text_encoder_sha256,
         },
     )
-
-
-def read_prompts(uri: str, field: str = "prompts_uri") -> list[str]:
-    """The lines of a UTF-8 file.
-
-    Raises:
-        InvalidInputError: no such file, no UTF-8, or lines that are blank or say to the text
-            encoder what an earlier one says; `field` is the one at fault.
-    """
-    uri = storage.absolute(uri, field)
-    storage.check_reachable(uri, field)
-    try:
-        text = storage.read_bytes(uri).decode("utf-8-sig")
-    except (FileNotFoundError, IsADirectoryError):
-        raise InvalidInputError(field, uri, "no such file", "Mend the address") from None
-    except UnicodeDecodeError as error:
-        raise InvalidInputError(field, uri, f"not UTF-8 ({error})", "Convert the file") from None
-    lines = text.removesuffix("\n").split("\n")
-    findings, first = [], dict[str, int]()
-    for number, line in enumerate(lines, start=1):
-        prompt = clean_prompt(line)
-        if not prompt:
-            findings.append(f"line {number} is blank")
-        elif prompt in first:
-            findings.append(f"line {number} repeats line {first[prompt]}")
-        else:
-            first[prompt] = number
-    problem = "; ".join(findings[:_LISTED]) + "; ..." * (len(findings) > _LISTED)
-    require(not findings, field, uri, problem, "Take these lines away; per_prompt gives more")
-    return [line.removesuffix("\r") for line in lines]
 
 
 class Synthesiser:
@@ -282,7 +251,7 @@ def _check_teacher(config: SynthesiseConfig, teacher: ArtifactInfo) -> None:
     )
 
 
-def _pieces(prompts: list[str], per_prompt: int, part_rows: int) -> Iterator[Piece]:
+def _pieces(prompts: Sequence[str], per_prompt: int, part_rows: int) -> Iterator[Piece]:
     """Stretches of rows, each with the prompts of its rows."""
     count = len(prompts) * per_prompt
     for start in range(0, count, part_rows):
