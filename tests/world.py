@@ -47,9 +47,7 @@ class World:
         ]
 
 
-def write_features(
-    features: Path, data: Path, manifest: LatentManifest, epochs: int = 5
-) -> float:
+def write_features(features: Path, data: Path, manifest: LatentManifest, epochs: int = 5) -> float:
     """Fit an extractor to the digits of `data`; returns its accuracy."""
     channels, size, _ = manifest.latent_shape
     info = FeaturesInfo(

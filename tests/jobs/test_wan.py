@@ -17,6 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from facm_core.models.base import select_rows
+from facm_core.objectives import FACM, FACMConfig
 from facm_platform.latents import LatentManifest, LatentStream, local_batches
 from facm_platform.latents.null_text import NullText
 from facm_platform.registry import load_artifact
@@ -89,12 +90,10 @@ def test_from_a_pipeline_and_prompts_to_a_service(run_job: RunJob, tmp_path: Pat
     assert len(set(workers.values())) == 2
     # Each has stored its own shards.
     checkpoint = max((tmp_path / "runs" / "wan").glob("checkpoint_0*"))
-    print(sorted(checkpoint.iterdir()))
+    assert {file.name for file in checkpoint.glob("*.distcp")} == {"__0_0.distcp", "__1_0.distcp"}
     client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
-    for name in ("loss", "loss_cm", "loss_fm", "anchor_drift"):
-        history = client.get_metric_history(last_line(done.stdout)["run_id"], name)
-        print(name, [metric.value for metric in sorted(history, key=lambda metric: metric.step)])
-    # The shortcut's loss changes more with the times drawn than in thirty steps.
+    # The whole loss is not among them: that of the shortcut changes more with the times drawn than
+    # in thirty steps.
     for name in ("loss_fm", "anchor_drift"):
         history = client.get_metric_history(last_line(done.stdout)["run_id"], name)
         values = [metric.value for metric in sorted(history, key=lambda metric: metric.step)]
@@ -106,6 +105,21 @@ def test_from_a_pipeline_and_prompts_to_a_service(run_job: RunJob, tmp_path: Pat
     assert student.config.latent_manifest_sha256 == manifest.sha256
     assert student.config.text_encoder_id == str(tmp_path / "pipeline")
     assert student.config.architecture == teacher.config.architecture
+    # At the same times and noise the whole loss has fallen, though by the anchor's part alone: the
+    # teacher is random, and its shortcut no easier in thirty steps.
+    (batch,) = local_batches(LatentStream(str(tmp_path / "set"), manifest, 0), 0, 64, 64)
+    with torch.no_grad():
+        before, after = (
+            FACM(FACMConfig(guidance=student.config.guidance))(
+                model,
+                batch.latents,
+                batch.condition,
+                teacher.model,
+                generator=torch.Generator().manual_seed(0),
+            ).loss
+            for model in (teacher.model, student.model)
+        )
+    assert after < 0.95 * before
     held = student.model.state_dict()
     assert held.keys() == stored.keys() == teacher.model.state_dict().keys()
     for name, tensor in teacher.model.state_dict().items():
@@ -113,7 +127,7 @@ def test_from_a_pipeline_and_prompts_to_a_service(run_job: RunJob, tmp_path: Pat
         assert torch.equal(held[name], tensor) == ("null_text" in name), name
 
     # Any set with labels will do, of images like those that the autoencoder makes.
-    digits = write_digits(tmp_path / "digits", channels=3)
+    digits = write_digits(tmp_path / "digits", rows=320, channels=3)
     write_features(tmp_path / "features", tmp_path / "digits", digits, epochs=1)
     done = run_job(
         "evaluate",
