@@ -15,12 +15,13 @@ The pipeline's own default is a guidance scale of 5; a student has its guidance 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from diffusers import WanPipeline
+from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
 from diffusers.configuration_utils import ConfigMixin
 from diffusers.schedulers.scheduling_utils import SchedulerMixin, SchedulerOutput
 from torch import Tensor
@@ -45,6 +46,10 @@ class FewStepScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         shift: Of noise levels as in diffusers, σ -> s·σ / (1 + (s − 1)·σ): 3 or 5 for Wan, which
             is `sample_euler`'s shift of 1/s.
         num_train_timesteps: The timestep of noise; 1000 for every network of `WanAdapter`.
+
+    Attributes:
+        seeds: Of the new noise, one a row, as of `sample_consistency`; None: `noise_seeds` of the
+            first step's sample.
     """
 
     order = 1
@@ -60,6 +65,7 @@ class FewStepScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         self.sampler, self.shift, self.noise_timestep = sampler, shift, num_train_timesteps
         settings = {"sampler": sampler, "shift": shift, "num_train_timesteps": num_train_timesteps}
         self.register_to_config(**settings)  # type: ignore[no-untyped-call]
+        self.seeds: Sequence[int] | None = None
         self._steps_done = 0
 
     def set_timesteps(
@@ -86,15 +92,21 @@ class FewStepScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
     ) -> SchedulerOutput | tuple[Tensor]:
         """One step from `sample` (B, …); arithmetic in float64.
 
-        The pipeline hands its generator to no scheduler, so new noise comes from that of the first
-        step: `noise_seeds` of `sample` there are the seeds of `sample_consistency`.
+        The pipeline hands its generator to no scheduler, so new noise comes from `seeds`, or from
+        that of the first step: `noise_seeds` of `sample` there are those of `sample_consistency`.
+
+        Raises:
+            InvalidInputError: `seeds` are not one a row.
         """
         i = self._steps_done
         t, t_next = (self._times[j].expand(len(sample)).to(sample.device) for j in (i, i + 1))
         x, velocity = sample.double(), -model_output.double()
         if self.sampler == "consistency":
             if i == 0:
-                self._seeds = noise_seeds(sample)
+                self._seeds = noise_seeds(sample) if self.seeds is None else list(self.seeds)
+                fits, remedy = len(self._seeds) == len(sample), "Give as many, or None"
+                problem = f"not one for each of {len(sample)} rows"
+                require(fits, "scheduler.seeds", self._seeds, problem, remedy)
             x = predict_data(x, t, velocity)
             if i + 1 < len(self.timesteps):
                 epsilon = sample_noise(sample.shape[1:], self._seeds, stream=i + 1).to(x)
@@ -112,7 +124,11 @@ def noise_seeds(noise: Tensor) -> list[int]:
     return [int.from_bytes(hashlib.sha256(row.tobytes()).digest()[:8], "big") for row in rows]
 
 
-def save_pipeline(folder: str | Path, student: Any, scheduler: FewStepScheduler) -> None:
+def save_pipeline(
+    folder: str | Path,
+    student: Any,
+    scheduler: FewStepScheduler | FlowMatchEulerDiscreteScheduler,
+) -> None:
     """Write `student` as a folder for ``WanPipeline.from_pretrained(folder, vae=…, …)``.
 
     ``transformer/``, for experts also ``transformer_2/``, with safetensors and configuration, and
@@ -122,8 +138,8 @@ def save_pipeline(folder: str | Path, student: Any, scheduler: FewStepScheduler)
 
     Args:
         folder: Made if it is not there.
-        student: `WanAdapter`, or `Experts` of two; not sharded.
-        scheduler: How it is to be sampled.
+        student: `WanAdapter`, or `Experts` of two; not sharded. Or a teacher.
+        scheduler: How it is to be sampled; a teacher by diffusers' own.
 
     Raises:
         InvalidInputError: another kind of student.
@@ -134,7 +150,7 @@ def save_pipeline(folder: str | Path, student: Any, scheduler: FewStepScheduler)
     boundary: dict[str, Any] = {}
     if isinstance(student, Experts):
         boundary = {"boundary_ratio": student.boundary}
-        if scheduler.sampler == "anchor":
+        if isinstance(scheduler, FewStepScheduler) and scheduler.sampler == "anchor":
             # The pipeline asks `transformer` at timesteps from the boundary up, where the anchor's
             # have little noise; −1000·boundary itself is the noisy expert's.
             networks = networks[::-1]

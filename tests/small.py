@@ -27,13 +27,13 @@ ARCHITECTURE = LightningDiTConfig(
 )
 
 
-def write_digits(folder: Path, rows: int = 1797) -> LatentManifest:
-    """The first `rows` digits as a latent set, as jobs/encode.py would write it."""
-    format = RowFormat(latent_shape=(1, 8, 8), latent_dtype="float32", num_classes=10)
+def write_digits(folder: Path, rows: int = 1797, channels: int = 1) -> LatentManifest:
+    """The first `rows` digits as a latent set, as jobs/encode.py would write it; grey all over."""
+    format = RowFormat(latent_shape=(channels, 8, 8), latent_dtype="float32", num_classes=10)
     pixels, labels = load_digits(return_X_y=True)
     table = format.table(
         {
-            "latent": pixels[:rows].reshape(rows, 1, 8, 8) / 8 - 1,
+            "latent": pixels[:rows].reshape(rows, 1, 8, 8).repeat(channels, axis=1) / 8 - 1,
             "label": labels[:rows],
             "key": [f"digits/{row:05d}" for row in range(rows)],
         }

@@ -105,6 +105,7 @@ def wan_vae(**changes: Any) -> AutoencoderKLWan:
         "dim_mult": [1, 2],
         "num_res_blocks": 1,
         "temperal_downsample": [True],
+        "scale_factor_spatial": 2,
         "latents_mean": list(MEAN),
         "latents_std": list(STD),
     }
@@ -145,7 +146,19 @@ def write_pipeline(folder: Path, *, boundary: float | None) -> list[WanTransform
     (folder / "scheduler").mkdir()
     scheduler = {"_class_name": "UniPCMultistepScheduler", "flow_shift": FLOW_SHIFT}
     (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler))
-    (folder / "model_index.json").write_text(json.dumps({"boundary_ratio": boundary}))
+    index = {
+        "_class_name": "WanPipeline",
+        "boundary_ratio": boundary,
+        "vae": ["diffusers", "AutoencoderKLWan"],
+        "text_encoder": ["transformers", "UMT5EncoderModel"],
+        "tokenizer": ["transformers", "PreTrainedTokenizerFast"],
+        "scheduler": ["diffusers", "UniPCMultistepScheduler"],
+        "transformer": ["diffusers", "WanTransformer3DModel"],
+        "transformer_2": [None, None]
+        if boundary is None
+        else ["diffusers", "WanTransformer3DModel"],
+    }
+    (folder / "model_index.json").write_text(json.dumps(index))
     return networks
 
 

@@ -47,19 +47,26 @@ class World:
         ]
 
 
-def write_world(folder: Path) -> World:
-    """Features are fitted for five epochs, teacher and student random."""
-    manifest = write_digits(folder / "digits")
+def write_features(features: Path, data: Path, manifest: LatentManifest, epochs: int = 5) -> float:
+    """Fit an extractor to the digits of `data`; returns its accuracy."""
+    channels, size, _ = manifest.latent_shape
     info = FeaturesInfo(
         name="digits",
-        channels=1,
-        size=8,
+        channels=channels,
+        size=size,
         num_classes=10,
         test_accuracy=0.0,
         latent_manifest_sha256=manifest.sha256,
     )
-    network, accuracy = fit(str(folder / "digits"), manifest, info, epochs=5, seed=0)
-    save_features(str(folder / "features"), network, info)
+    network, accuracy = fit(str(data), manifest, info, epochs=epochs, seed=0)
+    save_features(str(features), network, info)
+    return accuracy
+
+
+def write_world(folder: Path) -> World:
+    """Features are fitted for five epochs, teacher and student random."""
+    manifest = write_digits(folder / "digits")
+    accuracy = write_features(folder / "features", folder / "digits", manifest)
     config = artifact_config(
         manifest, architecture=replace(ARCHITECTURE, depth=1), guidance_scale=1.5
     )

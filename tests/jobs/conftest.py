@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.conftest import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 RunJob = Callable[..., "subprocess.CompletedProcess[str]"]
@@ -32,6 +37,36 @@ def last_line(output: str) -> dict[str, Any]:
     """The JSON object that ends a job's standard output."""
     result: dict[str, Any] = json.loads(output.strip().splitlines()[-1])
     return result
+
+
+@contextmanager
+def serving(folder: Path, *options: str) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+    """The address of a service that jobs/serve.py keeps up in `folder`, and the job.
+
+    What it prints is in ``serve.log`` there.
+    """
+    port = free_port()
+    log = folder / "serve.log"
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            command("serve", *options, f"port={port}"),
+            cwd=folder,
+            env=environment(),
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+    try:
+        deadline = time.monotonic() + 180
+        while "is served at" not in log.read_text():
+            assert process.poll() is None, log.read_text()
+            assert time.monotonic() < deadline, log.read_text()
+            time.sleep(0.2)
+        yield f"http://127.0.0.1:{port}", process
+    finally:
+        if process.poll() is None:
+            process.send_signal(signal.SIGTERM)
+            process.wait(timeout=120)
 
 
 @pytest.fixture

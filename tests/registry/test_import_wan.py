@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
 from safetensors.torch import save_file
 
 from facm_core.errors import InvalidInputError
-from facm_core.guidance import GuidanceConfig
+from facm_core.guidance import GuidanceConfig, guided_velocity
 from facm_core.samplers import sample_noise
 from facm_platform.config.sections import RunConfig
 from facm_platform.latents.autoencoder import open_autoencoder
@@ -121,6 +122,61 @@ def test_it_is_sampled_by_prompts(prepared: Prepare, tmp_path: Path) -> None:
     got = latent_sampler(teacher, torch.device("cpu"), torch.float64)([4, 5, 6], condition, 4)
     mean, std = (torch.tensor(values).double().view(4, 1, 1) for values in (MEAN, STD))
     expected = x[:, :, 0] * std + mean
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
+class EvenSteps(FlowMatchEulerDiscreteScheduler):
+    """Diffusers' own steps at our noise levels, which are even before the shift, and its are not
+    quite."""
+
+    def set_timesteps(self, steps: int, device: Any) -> None:
+        super().set_timesteps(sigmas=[1 - i / steps for i in range(steps)], device=device)
+
+
+@pytest.mark.parametrize("steps", [4, 7])
+def test_it_takes_the_steps_of_diffusers_own_pipeline(
+    prepared: Prepare, tmp_path: Path, steps: int
+) -> None:
+    """From prompts to latents, guided, across the boundary: at our noise levels and at its own."""
+    write_pipeline(tmp_path / "pipeline", boundary=BOUNDARY)
+    side = 16  # it draws multiples of this only
+    prepared(sampling=GuidanceConfig(scale=3.0), height=side, width=side).execute()
+    teacher = load_artifact(str(tmp_path / "teacher"))
+    prompts, seeds = ["one", "two", "a digit"], [4, 5, 6]
+    condition = open_text_encoder(str(tmp_path / "pipeline"), TEXT[0]).encode(prompts)._asdict()
+    noise = sample_noise(teacher.config.latent_shape, seeds)
+    pipeline = WanPipeline.from_pretrained(tmp_path / "pipeline")
+    pipeline.set_progress_bar_config(disable=True)
+
+    def theirs(scheduler: FlowMatchEulerDiscreteScheduler) -> torch.Tensor:
+        pipeline.scheduler = scheduler
+        (latents,) = pipeline(
+            prompts,
+            height=side,
+            width=side,
+            num_frames=1,
+            num_inference_steps=steps,
+            guidance_scale=3.0,
+            latents=noise[:, :, None],
+            max_sequence_length=TEXT[0],
+            output_type="latent",
+            return_dict=False,
+        )
+        sigmas = scheduler.sigmas[:-1]
+        assert {bool(sigma >= BOUNDARY) for sigma in sigmas} == {True, False}
+        return latents[:, :, 0]
+
+    mean, std = (torch.tensor(values).view(4, 1, 1) for values in (MEAN, STD))
+    expected = theirs(EvenSteps(shift=FLOW_SHIFT)) * std + mean
+    got = latent_sampler(teacher, torch.device("cpu"), torch.float32)(seeds, condition, steps)
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+    expected, got = theirs(scheduler := FlowMatchEulerDiscreteScheduler(shift=FLOW_SHIFT)), noise
+    with torch.no_grad():
+        for sigma, following in pairwise(scheduler.sigmas):
+            t = (1 - sigma).expand(3)
+            velocity = guided_velocity(teacher.model, got, t, condition, 3.0, torch.ones(3) > 0)
+            got = got + (sigma - following) * velocity
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
 
 

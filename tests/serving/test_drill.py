@@ -7,10 +7,8 @@ import os
 import re
 import signal
 import subprocess
-import time
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,8 +19,7 @@ from facm_platform.serving.load import Body, LoadConfig, ask
 from facm_platform.serving.load import prepare as prepare_load
 from facm_platform.serving.plan import TOKEN_VARIABLE
 from facm_platform.tracking import Store
-from tests.conftest import free_port
-from tests.jobs.conftest import RunJob, command, environment, last_line, run_job
+from tests.jobs.conftest import RunJob, last_line, run_job, serving
 from tests.serving.shop import MODEL, Shop, open_shop
 from tests.small import ARCHITECTURE
 
@@ -32,32 +29,11 @@ TOKEN = "correct horse battery staple"
 REQUESTS = int(os.environ.get("DRILL_REQUESTS", "5000"))
 
 
-@contextmanager
-def job(shop: Shop, folder: Path, *options: str) -> Iterator[tuple[str, subprocess.Popen[str]]]:
-    """The address of a service that a job of its own keeps up, and the job."""
-    port = free_port()
-    arguments = [f"model={MODEL}", f"tracking.uri={shop.store.uri}", f"port={port}", *options]
-    log = folder / "serve.log"
-    with log.open("w") as output:
-        process = subprocess.Popen(
-            command("serve", *arguments),
-            cwd=folder,
-            env=environment(),
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-    try:
-        deadline = time.monotonic() + 180
-        while "is served at" not in log.read_text():
-            assert process.poll() is None, log.read_text()
-            assert time.monotonic() < deadline, log.read_text()
-            time.sleep(0.2)
-        yield f"http://127.0.0.1:{port}", process
-    finally:
-        if process.poll() is None:
-            process.send_signal(signal.SIGTERM)
-            process.wait(timeout=120)
+def job(
+    shop: Shop, folder: Path, *options: str
+) -> AbstractContextManager[tuple[str, subprocess.Popen[str]]]:
+    """A service of the shop's champion, and the job that keeps it up."""
+    return serving(folder, f"model={MODEL}", f"tracking.uri={shop.store.uri}", *options)
 
 
 @pytest.mark.slow
