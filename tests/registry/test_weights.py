@@ -10,7 +10,6 @@ from safetensors.torch import load_file, save_file
 
 from facm_platform.registry.weights import WeightsWriter
 from tests.core.ranks import Results, run_ranks
-from tests.tiny_wan import write_texts
 
 SCRIPT = Path(__file__).with_name("weights_rank.py")
 MIB = 2**20
@@ -42,7 +41,6 @@ def test_the_bytes_are_those_of_safetensors(tmp_path: Path, reverse: bool) -> No
 def measured(tmp_path_factory: pytest.TempPathFactory) -> Results:
     """Peaks of a process that imports a pair of experts and looks at the teacher."""
     folder = tmp_path_factory.mktemp("wan")
-    write_texts(folder / "set")
     case = {"what": "memory", "folder": str(folder)}
     return run_ranks(SCRIPT, {"memory": case}, tmp_path_factory.mktemp("rank"), world_size=1)
 

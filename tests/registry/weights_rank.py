@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from diffusers import WanTransformer3DModel
 
-from facm_platform.config.sections import DataConfig, RunConfig
+from facm_platform.config.sections import RunConfig
 from facm_platform.registry import read_artifact
 from facm_platform.registry.artifact import write_artifact
 from facm_platform.registry.import_wan import ImportWanConfig, ImportWanPlan, prepare
 from facm_platform.tracking.store import TrackingConfig
 from tests.anonymous import Peak, anonymous_bytes, return_freed_memory
 from tests.core.ranks import be_a_rank
-from tests.tiny_wan import write_pipeline
+from tests.tiny_wan import SIDE, TEXT, write_pipeline
 
 # Two experts of 67 MiB each in float32.
 LARGER = {"num_attention_heads": 4, "attention_head_dim": 128, "ffn_dim": 2048, "num_layers": 4}
@@ -29,9 +29,9 @@ def one_case(case: dict[str, Any]) -> dict[str, Any]:
     return_freed_memory()
     folder = Path(case["folder"])
     write_pipeline(folder / "small", boundary=0.5)
-    (folder / "large").mkdir()
-    (folder / "large" / "model_index.json").write_text(json.dumps({"boundary_ratio": 0.5}))
-    for part in ("transformer", "transformer_2"):
+    parts = ("transformer", "transformer_2")
+    shutil.copytree(folder / "small", folder / "large", ignore=shutil.ignore_patterns(*parts))
+    for part in parts:
         network = WanTransformer3DModel(**LARGER, rope_max_seq_len=16).to(torch.bfloat16)
         network.save_pretrained(folder / "large" / part, max_shard_size="20MB")
     del network
@@ -55,7 +55,9 @@ def planned(folder: Path, name: str) -> ImportWanPlan:
     config = ImportWanConfig(
         run=RunConfig(name=name, storage_uri=str(folder / "runs"), tracking=tracking),
         source_uri=str(folder / name),
-        data=DataConfig(uri=str(folder / "set")),
+        height=SIDE,
+        width=SIDE,
+        tokens=TEXT[0],
         output_uri=str(folder / f"{name}-teacher"),
     )
     return prepare(config)

@@ -92,7 +92,7 @@ def test_the_new_teacher_is_the_old_one_but_for_its_time_mlps(
     run = store.client.get_run(result.run_id)
     assert run.data.tags["facm.model_sha256"] == new.sha256
     assert run.data.tags["facm.teacher_sha256"] == old.sha256
-    assert run.data.tags["facm.manifest_sha256"] == old.config.latent_manifest_sha256
+    assert run.data.tags["facm.manifest_sha256"] == plan.manifest.sha256
     assert result.metrics.items() <= run.data.metrics.items()
     files = {item.path for item in store.client.list_artifacts(result.run_id)}
     assert {"slow_time.json", "slow_time.png"} <= files
@@ -200,7 +200,9 @@ def test_a_teacher_that_does_not_fit(prepared: Prepare, tmp_path: Path) -> None:
     with pytest.raises(InvalidInputError, match=r"sinusoids are no faster than 20.0 already"):
         prepared(teacher=again, output_uri=str(tmp_path / "slower"))
     other = DataConfig(uri=str(tmp_path / "other"))
-    write_texts(tmp_path / "other", rows=8)
+    manifest = write_texts(tmp_path / "other", rows=8)
+    (tmp_path / "other" / "manifest.json").unlink()
+    replace(manifest, mean=(0.0,) * 4).save(other.uri)
     with pytest.raises(InvalidInputError, match=r"its mean are .*, those of data.uri"):
         prepared(data=other, output_uri=str(tmp_path / "new"))
     manifest = write_digits(tmp_path / "digits", rows=20)
