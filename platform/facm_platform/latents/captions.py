@@ -28,7 +28,8 @@ class TextConfig:
     """Texts instead of labels.
 
     Attributes:
-        encoder: Folder or ``s3://`` address of a pipeline with ``text_encoder`` and ``tokenizer``.
+        encoder: Folder or ``s3://`` address of a pipeline with ``text_encoder`` and ``tokenizer``;
+            or ``words``, a fixed vector for each word, for trials.
         caption: Of an image: ``{class}`` stands for the name of its class, ``{text}`` for the text
             beside it.
         tokens: Length of an embedded caption; what is longer is cut off.

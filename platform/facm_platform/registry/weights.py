@@ -16,7 +16,7 @@ _FLOAT32 = 4  # bytes
 class WeightsWriter:
     """Writes float32 tensors in any order, byte for byte as safetensors itself writes them.
 
-    The format (huggingface.co/docs/safetensors): length of the header, 8 bytes little-endian; the
+    The format, by safetensors' documentation: length of the header, 8 bytes little-endian; the
     header, JSON; the tensors' bytes. The header says where each one lies, so it comes first.
 
     Args:
