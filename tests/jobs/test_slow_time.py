@@ -14,7 +14,7 @@ from facm_core.diffusers_pipeline import FewStepScheduler, save_pipeline
 from facm_platform.latents import LatentStream, local_batches
 from facm_platform.registry import load_artifact
 from tests.jobs.conftest import RunJob, last_line
-from tests.tiny_wan import write_pipeline, write_texts
+from tests.tiny_wan import SIDE, TEXT, write_pipeline, write_texts
 
 FAST = 7  # of 16 sinusoids, 1000 * 10000 ** (-k / 16) > 20
 
@@ -24,9 +24,11 @@ FAST = 7  # of 16 sinusoids, 1000 * 10000 ** (-k / 16) > 20
 def test_a_student_with_a_slow_time_embedding(run_job: RunJob, tmp_path: Path) -> None:
     manifest = write_texts(tmp_path / "set")
     write_pipeline(tmp_path / "pipeline", boundary=None)
-    tracked = ["run.name=wan", f"run.tracking.uri=sqlite:///{tmp_path}/mlflow.db", "data.uri=set"]
-    done = run_job("import_wan", *tracked, "source_uri=pipeline", "output_uri=wan")
+    tracked = ["run.name=wan", f"run.tracking.uri=sqlite:///{tmp_path}/mlflow.db"]
+    size = [f"height={SIDE}", f"width={SIDE}", f"tokens={TEXT[0]}"]
+    done = run_job("import_wan", *tracked, "source_uri=pipeline", *size, "output_uri=wan")
     assert done.returncode == 0, done.stderr
+    tracked.append("data.uri=set")
 
     # A random network is farther from what slow sinusoids can do than a trained one.
     warm_up = ["teacher.uri=wan", "output_uri=slow", "steps=50", "max_velocity_error=0.5"]
