@@ -51,6 +51,7 @@ class MemoryConfig:
         dtype: Of computation: ``float32`` or ``bfloat16``.
         recompute: Blocks keep their inputs only.
         teachers: Frozen networks of the size of the student's, e.g. 2 for the experts of Wan 2.2.
+        teacher_gpus: Over which these are sharded; None: as everything.
         averages: EMA profiles.
         jvp: Whether a step is FACM's; else flow matching's, as in the training of a teacher.
     """
@@ -60,6 +61,7 @@ class MemoryConfig:
     dtype: str = "float32"
     recompute: bool = False
     teachers: int = 1
+    teacher_gpus: int | None = None
     averages: int = 2
     jvp: bool = True
 
@@ -176,7 +178,7 @@ def plan(preset: Preset, config: MemoryConfig) -> MemoryPlan:
         parameters=preset.networks * shard,
         optimizer=2 * preset.networks * trained_shard,
         averages=config.averages * preset.networks * trained_shard,
-        teachers=config.teachers * (FLOAT32 * teacher // config.gpus),
+        teachers=config.teachers * (FLOAT32 * teacher // (config.teacher_gpus or config.gpus)),
         gradients=preset.networks * trained_shard,
         unsharded=unsharded,
         activations=max(0, peak - trained_shard),

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from facm_core.errors import InvalidInputError, require
@@ -127,7 +128,12 @@ class UMT5TextEncoder:
         return EmbeddedText(embedding * mask[..., None], mask.float())
 
     def to(self, device: torch.device | str, dtype: torch.dtype) -> UMT5TextEncoder:
-        """A copy on `device` with its weights in `dtype`, under the same `sha256`."""
+        """A copy on `device` with its weights in `dtype`, under the same `sha256`.
+
+        Itself where nothing would change: the published one takes 23 GB.
+        """
+        if (self._module.device, self._module.dtype) == (torch.device(device), dtype):
+            return self
         other = copy.copy(self)
         other._module = nn.Module.to(copy.deepcopy(self._module), device=device, dtype=dtype)
         return other
@@ -178,7 +184,7 @@ def load_text_encoder(
             model, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **local
         )
         words = transformers.AutoTokenizer.from_pretrained(tokenizer, **local)
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise InvalidInputError(field, str(model), f"not readable ({error})", _REMEDY) from error
     finally:
         logs.setLevel(level)
@@ -193,12 +199,18 @@ def text_features(model: Path, field: str = "text_encoder") -> int:
     """D of what a text encoder makes, which is not loaded; arguments: `load_text_encoder`.
 
     Raises:
-        InvalidInputError: it is of another kind.
+        InvalidInputError: it is of another kind, or its configuration is damaged.
     """
-    values = json.loads((model / _CONFIG).read_text())
-    kind = values.get("model_type")
+    try:
+        values = dict(json.loads((model / _CONFIG).read_text()))
+    except (TypeError, ValueError) as error:
+        problem = f"{_CONFIG} is damaged ({error})"
+        raise InvalidInputError(field, str(model), problem, _REMEDY) from error
+    kind, features = values.get("model_type"), values.get("d_model")
     require(kind == "umt5", field, str(model), f"it is a {kind}, not a UMT5", _REMEDY)
-    return int(values["d_model"])
+    if not isinstance(features, int):
+        raise InvalidInputError(field, str(model), f"{_CONFIG} has no d_model", _REMEDY)
+    return features
 
 
 def text_encoder_sha256(model: Path, tokenizer: Path, field: str = "text_encoder") -> str:
@@ -208,11 +220,12 @@ def text_encoder_sha256(model: Path, tokenizer: Path, field: str = "text_encoder
         InvalidInputError: there is none.
     """
     weights = sorted(model.glob("*.safetensors"))
-    words = [tokenizer / name for name in ("tokenizer.json", "spiece.model")]
-    words = [file for file in words if file.is_file()]
+    # Special tokens are told beside the words.
+    words = sorted((*tokenizer.glob("*.json"), *tokenizer.glob("*.model")))
+    has_words = any(file.name in ("tokenizer.json", "spiece.model") for file in words)
     for folder, is_there, what in (
         (model, (model / _CONFIG).is_file() and bool(weights), f"{_CONFIG} and .safetensors"),
-        (tokenizer, bool(words), "tokenizer.json or spiece.model"),
+        (tokenizer, has_words, "tokenizer.json or spiece.model"),
     ):
         require(is_there, field, str(folder), f"there is no {what} in it", _REMEDY)
     digest = hashlib.sha256()

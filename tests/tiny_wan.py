@@ -20,7 +20,7 @@ from tokenizers.trainers import WordLevelTrainer
 from torch import nn
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
-from facm_core.autoencoders import IdentityAutoencoder
+from facm_core.autoencoders import Autoencoder, IdentityAutoencoder
 from facm_core.models import WanConfig
 from facm_core.text_encoders import text_encoder_sha256
 from facm_platform.evaluation.features import Classifier, FeaturesInfo, save_features
@@ -41,8 +41,9 @@ FLOW_SHIFT = 3.0
 WORDS = ["a handwritten digit", "one two three four"]
 
 
-def write_texts(folder: Path, rows: int = 64) -> LatentManifest:
-    """Latents that are told by their prompts, and a null prompt."""
+def write_texts(folder: Path, rows: int = 64, *, by: Autoencoder | None = None) -> LatentManifest:
+    """Latents that are told by their prompts, as if made `by` an autoencoder; a null prompt."""
+    by = by or IdentityAutoencoder()
     random = np.random.default_rng(0)
     text = random.normal(size=(rows, *TEXT)).astype(np.float16)
     latents = np.einsum("nld,dchw->nchw", text, random.normal(size=(TEXT[1], *SHAPE)))
@@ -61,8 +62,8 @@ def write_texts(folder: Path, rows: int = 64) -> LatentManifest:
         [write_part(str(folder), part_name(0), [table], format)],
         mean=MEAN,
         std=STD,
-        autoencoder_id=IdentityAutoencoder.id,
-        autoencoder_sha256=IdentityAutoencoder.sha256,
+        autoencoder_id=by.id,
+        autoencoder_sha256=by.sha256,
         encoding_sha256="0" * 64,
         created_by="test",
     )

@@ -63,9 +63,12 @@ def test_the_hash_is_that_of_tokenizer_and_weights(folder: Path) -> None:
     tensors["shared.weight"][0, 0] += 1
     save_file(tensors, weights, metadata={"format": "pt"})
     changed = load(folder).sha256
-    words = folder / "tokenizer" / "tokenizer.json"
-    words.write_text(words.read_text() + "\n")
-    assert len({before, changed, load(folder).sha256}) == 3
+    found = {before, changed}
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        words = folder / "tokenizer" / name
+        words.write_text(words.read_text() + "\n")
+        found.add(load(folder).sha256)
+    assert len(found) == 4
 
 
 def test_words_have_vectors_of_their_own() -> None:
@@ -102,7 +105,16 @@ def test_what_is_no_text_encoder_is_refused(folder: Path) -> None:
     save_file(tensors, weights, metadata={"format": "pt"})
     with pytest.raises(InvalidInputError, match="not readable"):
         load(folder)
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(InvalidInputError, match="not readable"):
+        load(folder)
     config = folder / "text_encoder" / "config.json"
+    whole = config.read_text()
+    for text, problem in (("[]", "no d_model|is a None"), ("{", "is damaged")):
+        config.write_text(text)
+        with pytest.raises(InvalidInputError, match=problem):
+            load(folder)
+    config.write_text(whole)
     config.write_text(json.dumps(json.loads(config.read_text()) | {"model_type": "t5"}))
     with pytest.raises(InvalidInputError, match="it is a t5, not a UMT5"):
         load(folder)

@@ -10,6 +10,7 @@ import torch
 from diffusers import WanTransformer3DModel
 from mlflow import MlflowClient
 
+from facm_core.autoencoders import load_autoencoder
 from facm_core.diffusers_pipeline import FewStepScheduler, save_pipeline
 from facm_platform.latents import LatentStream, local_batches
 from facm_platform.registry import load_artifact
@@ -20,10 +21,11 @@ FAST = 7  # of 16 sinusoids, 1000 * 10000 ** (-k / 16) > 20
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1200)
 def test_a_student_with_a_slow_time_embedding(run_job: RunJob, tmp_path: Path) -> None:
-    manifest = write_texts(tmp_path / "set")
     write_pipeline(tmp_path / "pipeline", boundary=None)
+    vae = load_autoencoder("vae", tmp_path / "pipeline" / "vae")
+    manifest = write_texts(tmp_path / "set", by=vae)
     tracked = ["run.name=wan", f"run.tracking.uri=sqlite:///{tmp_path}/mlflow.db"]
     size = [f"height={SIDE}", f"width={SIDE}", f"tokens={TEXT[0]}"]
     done = run_job("import_wan", *tracked, "source_uri=pipeline", *size, "output_uri=wan")

@@ -34,7 +34,7 @@ PROMPTS = ["one", "two", "three", "four", "a digit", "a handwritten one", "two t
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1800)
 def test_from_a_pipeline_and_prompts_to_a_service(run_job: RunJob, tmp_path: Path) -> None:
     experts = write_pipeline(tmp_path / "pipeline", boundary=BOUNDARY)
     (tmp_path / "prompts.txt").write_text("".join(f"{words}\n" for words in PROMPTS))

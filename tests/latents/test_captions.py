@@ -163,6 +163,15 @@ def test_names_of_classes_must_be_known(tmp_path: Path, encoder: TextEncoder) ->
         plan(tmp_path, text=nowhere)
 
 
+def test_an_embedding_does_not_depend_on_what_was_asked_before(encoder: TextEncoder) -> None:
+    prompts = [f"a handwritten {digit}" for digit in range(10)]
+    together = Embedder(encoder).columns(prompts)
+    embedder = Embedder(encoder)
+    for row in (7, 3, 5, *range(10)):
+        for name, column in embedder.columns(prompts[row : row + 1]).items():
+            assert np.array_equal(column[0], together[name][row])
+
+
 def test_equal_prompts_are_embedded_once_and_forgotten_in_the_end(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -172,7 +181,7 @@ def test_equal_prompts_are_embedded_once_and_forgotten_in_the_end(
         id, sha256, text_shape = "", "", (3, 2)
 
         def encode(self, prompts: Sequence[str]) -> EmbeddedText:
-            assert len(prompts) <= 16
+            assert len(prompts) == 1, "rounds by what it is batched with"
             asked.extend(prompts)
             mask = torch.tensor([[0.0, 1.0, 1.0]]).repeat(len(prompts), 1)
             values = torch.tensor([float(prompt) for prompt in prompts])

@@ -12,6 +12,7 @@ import pytest
 
 from facm_platform import storage
 from facm_platform.registry import load_artifact
+from facm_platform.storage import folders
 from tests.faulty_s3 import FaultyS3
 from tests.world import World
 
@@ -89,6 +90,23 @@ def test_a_folder_that_is_not_there(bucket: str, tmp_path: Path) -> None:
 def test_what_is_local_is_no_copy(tmp_path: Path) -> None:
     with storage.node_copy(str(tmp_path)) as folder:
         assert folder == tmp_path
+
+
+def test_what_completes_a_folder_is_uploaded_last(
+    bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("a", "config.json", "model", "parts/config"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+    order: list[str] = []
+    upload = folders.upload_file
+    monkeypatch.setattr(
+        folders, "upload_file", lambda file, uri: (order.append(uri), upload(file, uri))
+    )
+    storage.upload_folder(tmp_path, f"{bucket}/all", last="config.json")
+    names = ["a", "model", "parts/config", "config.json"]
+    assert order == [f"{bucket}/all/{name}" for name in names]
+    assert sorted(storage.list_files(f"{bucket}/all")) == sorted(names)
 
 
 def test_a_teacher_is_fetched_once(

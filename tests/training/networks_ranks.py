@@ -90,7 +90,7 @@ def make_whole(case: dict[str, Any]) -> tuple[Any, Any]:
     if task.lora is not None:
         torch.manual_seed(task.train.seed)
         add_adapters(student, task.lora, task.artifact.architecture)
-    replicas = 1 if task.train.shard_teacher else dist.get_world_size()
+    replicas = task.train.replicas if task.train.shard_teacher else dist.get_world_size()
     device = torch.device("cpu")
     teacher = Sharding(replicas=replicas).apply(teacher, device)
     return Sharding(replicas=task.train.replicas).apply(student, device), teacher

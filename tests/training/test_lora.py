@@ -140,11 +140,14 @@ def test_a_resumed_run_ends_with_the_same_bits(make_task: MakeTask, tmp_path: Pa
 def test_options_of_the_training(
     make_task: MakeTask, tmp_path: Path, options: dict[str, Any], tolerance: float
 ) -> None:
-    """The loss of the second step."""
+    """The mean loss of two steps, of which the first is the teacher's; and adapters move."""
     losses = []
     for name, more in (("plain", {}), ("other", options)):
         task = make_task(lora=LORA, train=replace(FAST, images=16, **more))
         losses.append(train(in_folder(task, tmp_path / name), LocalContext(tmp_path / name)))
+        start, end = teacher_of(task), weights(in_folder(task, tmp_path / name))
+        adapted = {key for key in end if not torch.equal(end[key], start[key])}
+        assert adapted == {key for key in end if key.endswith(ADAPTED)}
     assert losses[1]["loss"] == pytest.approx(losses[0]["loss"], rel=tolerance)
 
 

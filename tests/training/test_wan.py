@@ -11,7 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from facm_core.autoencoders import load_autoencoder
 from facm_core.errors import InvalidInputError
+from facm_core.guidance import GuidanceConfig
 from facm_core.memory import MemoryConfig, plan, preset_of
 from facm_core.models import WanConfig
 from facm_core.objectives import FACMConfig, FlowMatchingConfig, MeanFlowConfig, SCMConfig
@@ -29,6 +31,7 @@ from facm_platform.training.distill import DistillConfig, DistillPlan
 from facm_platform.training.export import export
 from facm_platform.training.launch import launch
 from facm_platform.training.loop import train
+from facm_platform.training.memory import worker_memory
 from facm_platform.training.pretrain import (
     NetworkConfig,
     PretrainConfig,
@@ -62,12 +65,13 @@ def distilled(tmp_path: Path, store: Store) -> Distill:
 
 def make_teacher(folder: Path, boundary: float | None, name: str = "teacher") -> TeacherConfig:
     """Of the texts in ``set``, which are written if need be."""
+    pipeline = folder / f"{name}-pipeline"
+    write_pipeline(pipeline, boundary=boundary)
     if not (folder / "set").exists():
-        write_texts(folder / "set")
-    write_pipeline(folder / f"{name}-pipeline", boundary=boundary)
+        write_texts(folder / "set", by=load_autoencoder("vae", pipeline / "vae"))
     config = ImportWanConfig(
         run=RunConfig(name=name, storage_uri=str(folder / "runs")),
-        source_uri=str(folder / f"{name}-pipeline"),
+        source_uri=str(pipeline),
         height=SIDE,
         width=SIDE,
         tokens=TEXT[0],
@@ -126,6 +130,8 @@ def test_the_memory_of_two_networks(distilled: Distill) -> None:
         assert memory.parameters == memory.gradients == share * memory.teachers
         assert memory.optimizer == memory.averages == 2 * memory.parameters
         assert f"teachers {memory.teachers / 2**20:,.0f}, " in prepared.describe()
+    whole = worker_memory(both.architecture, replace(TRAIN, shard_teacher=False), 2, teachers=2)
+    assert whole.teachers == 4 * size
 
 
 def test_what_makes_no_sense(distilled: Distill, tmp_path: Path) -> None:
@@ -240,3 +246,35 @@ def test_prompts_of_another_text_encoder_are_refused(distilled: Distill, tmp_pat
         distilled()
     replace(null, encoder_id="the same", encoder_sha256=encoder).save(uri)
     assert distilled().teacher.config.text_encoder_sha256 == encoder
+
+
+def test_latents_of_another_autoencoder_are_refused(distilled: Distill, tmp_path: Path) -> None:
+    """Of the same normalisation, which is all that training sees of it."""
+    write_texts(tmp_path / "other")
+    with pytest.raises(InvalidInputError, match=r"latents are those of the autoencoder .*…, data"):
+        distilled(data=DataConfig(uri=str(tmp_path / "other")))
+
+
+def test_a_student_is_asked_as_its_teacher_or_else_as_its_set(
+    distilled: Distill, tmp_path: Path
+) -> None:
+    plan, set_uri = distilled(), str(tmp_path / "set")
+    own = plan.teacher.config
+    assert own.text_encoder_id
+    null = NullText.load(set_uri, plan.manifest)
+    replace(null, encoder_id="words", encoder_sha256=own.text_encoder_sha256).save(set_uri)
+    unknown = replace(own, text_encoder_id="", text_encoder_sha256="")
+    for teacher, expected in ((own, own.text_encoder_id), (unknown, "words")):
+        asked = replace(plan, teacher=replace(plan.teacher, config=teacher)).task("", "").artifact
+        assert asked.text_encoder_id == expected
+        assert asked.text_encoder_sha256 == own.text_encoder_sha256
+    # Imported latents have none; the teacher has its own null prompt.
+    (tmp_path / "set" / "null_text.safetensors").unlink()
+    assert distilled().task("", "").artifact.text_encoder_id == own.text_encoder_id
+
+
+def test_the_guidance_is_told(distilled: Distill) -> None:
+    its = "the teacher recommends 1.0 on [0.0, 1.0]"
+    assert f"guidance: 1.75 on [0.125, 1.0]; {its}" in distilled().describe()
+    same = FACMConfig(guidance=GuidanceConfig())
+    assert "guidance: 1.0 on [0.0, 1.0]\n" in distilled(objective=same).describe()

@@ -125,7 +125,9 @@ class FeatureExtractor(Extractor):
                 ("classes", info.num_classes, manifest.num_classes),
                 ("latent set", info.latent_manifest_sha256, manifest.sha256),
             ]
-        again = "Fit one to this latent set with jobs/fit_features.py"
+        labels = manifest is None or manifest.num_classes
+        which = "this latent set" if labels else "a set of such images with labels"
+        again = f"Fit one to {which} with jobs/fit_features.py"
         for what, ours, theirs in facts:
             problem = f"its {what} was {ours}, here it is {theirs}"
             require(ours == theirs, field, self.uri, problem, again)

@@ -169,11 +169,12 @@ class SetBuild:
         """Say which set is being made here; another one that may be replaced goes first."""
         if self.overwrite and self._claimed() != self._claim_text:
             _clear(self.uri)
-        is_new = True
+        if self._claimed() is None and not storage.exists(storage.join(self.uri, MANIFEST)):
+            # Of a set that is not there any more; nobody makes another one yet.
+            storage.delete_file(storage.join(self.uri, NULL_TEXT))
         try:
             storage.create_bytes(self._progress(_SET), self._claim_text)
         except FileExistsError:
-            is_new = False
             self._check_claim()
         # Finished by another program since `finished` looked: its parts are not to be touched.
         if storage.exists(storage.join(self.uri, MANIFEST)):
@@ -181,9 +182,6 @@ class SetBuild:
             raise InvalidInputError(
                 "output_uri", self.uri, _TAKEN.format("lies there by now"), _ANOTHER
             )
-        if is_new:
-            # Of a set that is not there any more.
-            storage.delete_file(storage.join(self.uri, NULL_TEXT))
 
     def _check_free(self, names: Iterable[str]) -> None:
         """Nothing lies there but what a build of this set, or a replaceable one, has left."""

@@ -18,8 +18,6 @@ from facm_platform.latents.null_text import NullText
 from facm_platform.latents.tables import TEXT_EMBEDDING, TEXT_MASK
 
 _PLACEHOLDERS = ("class", "text")
-# Attention over 512 tokens of so many prompts is a gigabyte in Wan's encoder.
-_PROMPTS_AT_ONCE = 16
 _KEPT_BYTES = 256 << 20
 
 
@@ -85,14 +83,14 @@ class Embedder:
         rows: dict[str, list[int]] = {}
         for row, prompt in enumerate(prompts):
             rows.setdefault(prompt, []).append(row)
-        new = [prompt for prompt in rows if prompt not in self._kept]
-        for prompt in rows.keys() - set(new):
-            self._kept.move_to_end(prompt)
-        for start in range(0, len(new), _PROMPTS_AT_ONCE):
-            some = new[start : start + _PROMPTS_AT_ONCE]
-            for prompt, embedding, mask in zip(some, *self._encoder.encode(some), strict=True):
-                self._keep(prompt, embedding[mask.bool()], mask)
         for prompt, chosen in rows.items():
+            if prompt in self._kept:
+                self._kept.move_to_end(prompt)
+            else:
+                # Alone: an embedding rounds by what it is batched with, and a part that is made
+                # again must have the same bytes.
+                (embedding,), (mask_of_one,) = self._encoder.encode([prompt])
+                self._keep(prompt, embedding[mask_of_one.bool()], mask_of_one)
             mask = self._masks[prompt]
             masks[chosen] = mask
             for row in chosen:

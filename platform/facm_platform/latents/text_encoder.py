@@ -68,6 +68,9 @@ def open_text_encoder(
         encoder = WordTextEncoder(tokens)
     else:
         with _files(address, field) as (uri, model, tokenizer):
+            if sha256 is not None:
+                # Before it is loaded, which takes long, and would end in another error.
+                _check_hash(address, text_encoder_sha256(model, tokenizer, field), sha256, field)
             encoder = load_text_encoder(uri, model, tokenizer, tokens, field)
     _check_hash(address, encoder.sha256, sha256, field)
     return encoder

@@ -8,6 +8,7 @@ from facm_platform.registry.artifact import (
     open_artifact,
     read_artifact,
     save_artifact,
+    upload_artifact,
     write_artifact,
 )
 
@@ -19,5 +20,6 @@ __all__ = [
     "open_artifact",
     "read_artifact",
     "save_artifact",
+    "upload_artifact",
     "write_artifact",
 ]

@@ -29,7 +29,7 @@ from facm_core.models import (
     build_network,
 )
 from facm_platform.registry.weights import WeightsWriter
-from facm_platform.storage import absolute, file_sha256, node_copy, output_file
+from facm_platform.storage import absolute, file_sha256, node_copy, output_file, upload_folder
 
 SCHEMA_VERSION = 1
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
@@ -248,6 +248,11 @@ def write_artifact(
         values = {**config.to_json(), "weights_sha256": sha256}
         file_of_config.write_text(json.dumps(values, indent=2) + "\n")
     return sha256
+
+
+def upload_artifact(folder: Path, uri: str) -> None:
+    """Copy an artefact to `uri`; ``config.json``, which completes it, comes last there, too."""
+    upload_folder(folder, uri, last=CONFIG)
 
 
 def load_artifact(uri: str, field: str = "teacher.uri") -> Artifact:

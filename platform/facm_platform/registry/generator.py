@@ -69,7 +69,7 @@ class Generator:
     float64 it would have to lie within 1e-13 of the border between two of them. So a sample is the
     same whatever it was batched with, which a batch of fixed shape alone would not give: products
     and functions of vectors round by the place in the batch, too. Prompts are embedded in float32,
-    as those of latent sets, and each alone.
+    each alone.
 
     Args:
         artifact: The model.
@@ -90,8 +90,7 @@ class Generator:
             check_text_encoder("artifact", artifact)
             (tokens, _), sha256 = config.architecture.text_shape, config.text_encoder_sha256
             encoder = open_text_encoder(config.text_encoder_id, tokens, sha256, "text_encoder_id")
-            # On the CPU and in float32 it is there already; moving is copying.
-            self._text_encoder = encoder if device == "cpu" else encoder.to(device, torch.float32)
+            self._text_encoder = encoder.to(device, torch.float32)
             self._embedded: OrderedDict[str, EmbeddedText] = OrderedDict()
         self._sample = latent_sampler(artifact, torch.device(device), torch.float64)
         nothing = self._draw([""] if self.takes_prompts else [0], [0], 1)

@@ -30,7 +30,7 @@ from facm_platform.latents.text_encoder import (
     find_text_encoder,
     open_text_encoder,
 )
-from facm_platform.registry.artifact import ArtifactConfig, write_artifact
+from facm_platform.registry.artifact import ArtifactConfig, upload_artifact, write_artifact
 from facm_platform.tracking import (
     check_run_name,
     check_store,
@@ -63,7 +63,7 @@ class ImportWanConfig:
         width: Pixels of an image.
         frames: Of a video, 1 + 4·k; 1 for images.
         tokens: Length of an embedded prompt.
-        sampling: Guidance with which the teacher is meant to be sampled and distilled.
+        sampling: Guidance with which the teacher is meant to be sampled.
         output_uri: Empty folder or ``s3://`` address for the teacher.
     """
 
@@ -134,7 +134,7 @@ class ImportWanPlan:
             tempfile.TemporaryDirectory() as folder,
         ):
             sha256 = write_artifact(Path(folder), self._weights(), self._artifact())
-            storage.upload_folder(Path(folder), self.output_uri)
+            upload_artifact(Path(folder), self.output_uri)
             # By which those that are made from it name it.
             tracked.set_tags({"model_sha256": sha256})
         return JobResult(
@@ -189,10 +189,7 @@ def prepare(config: ImportWanConfig) -> ImportWanPlan:
     check_run_name("run.name", config.run.name)
     check_store(config.run.tracking, embedded_root(config.run.storage_uri))
     source_uri = storage.absolute(config.source_uri, "source_uri")
-    output_uri = storage.absolute(config.output_uri, "output_uri")
-    storage.check_reachable(output_uri, "output_uri")
-    empty = not storage.list_files(output_uri)
-    require(empty, "output_uri", config.output_uri, "it is not empty", "Choose another place")
+    output_uri = storage.empty_folder(config.output_uri, "output_uri")
     parts, boundary = _parts(source_uri)
     shift = _shift(source_uri)
     encoder = find_text_encoder(source_uri, config.tokens, field="source_uri")
@@ -256,8 +253,11 @@ def _architecture(
     values = _json(file)
     stride, (tokens, features) = autoencoder.stride, encoder.text_shape
     sides = {name: getattr(config, name) for name in ("height", "width")}
-    patches = values.get("patch_size", WanConfig.patch_size)[1:]
-    for (name, side), patch in zip(sides.items(), patches, strict=True):
+    patch_size = values.get("patch_size", WanConfig.patch_size)
+    problem = f"patch_size = {patch_size!r} is not three numbers"
+    fits = isinstance(patch_size, list | tuple) and len(patch_size) == 3
+    require(fits, "source_uri", file, problem, _REMEDY)
+    for (name, side), patch in zip(sides.items(), patch_size[1:], strict=True):
         multiple = stride * patch
         problem = f"not a multiple of {multiple}, the pixels of a patch"
         remedy = f"Use e.g. {-(-side // multiple) * multiple}"
@@ -318,8 +318,8 @@ def _stored(parts: Parts) -> Iterator[tuple[str, Any, str]]:
 
 def _json(uri: str) -> dict[str, Any]:
     try:
-        values: dict[str, Any] = json.loads(storage.read_bytes(uri))
-    except (FileNotFoundError, ValueError) as error:
+        values = dict(json.loads(storage.read_bytes(uri)))
+    except (FileNotFoundError, TypeError, ValueError) as error:
         problem = f"not readable ({type(error).__name__})"
         raise InvalidInputError("source_uri", uri, problem, _REMEDY) from error
     return values

@@ -103,6 +103,7 @@ def prepare(config: SynthesiseConfig) -> BuildPlan:
         "shift": of_teacher.shift,
         "text_encoder": of_teacher.text_encoder_sha256,
         "guidance": dataclasses.asdict(guidance),
+        "precision": "bfloat16" if config.workers.gpu else "float32",
         "format": dataclasses.asdict(format),
         **{
             name: getattr(config, name)

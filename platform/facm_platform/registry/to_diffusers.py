@@ -107,10 +107,7 @@ def prepare(config: ToDiffusersConfig) -> ToDiffusersPlan:
             with the autoencoder, the text encoder and the normalisation of the model; or an output
             that is not empty.
     """
-    output_uri = storage.absolute(config.output_uri, "output_uri")
-    storage.check_reachable(output_uri, "output_uri")
-    empty = not storage.list_files(output_uri)
-    require(empty, "output_uri", config.output_uri, "it is not empty", "Choose another place")
+    output_uri = storage.empty_folder(config.output_uri, "output_uri")
     artifact = read_artifact(config.artifact_uri, "artifact_uri")
     architecture = artifact.config.architecture
     if not isinstance(architecture, WanConfig):

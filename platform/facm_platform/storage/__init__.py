@@ -18,7 +18,7 @@ from facm_platform.storage.files import (
     upload_file,
     write_bytes,
 )
-from facm_platform.storage.folders import local_copy, node_copy, upload_folder
+from facm_platform.storage.folders import empty_folder, local_copy, node_copy, upload_folder
 from facm_platform.storage.listing import iter_files
 from facm_platform.storage.stores import check_reachable, filesystem
 from facm_platform.storage.uris import absolute, join
@@ -29,6 +29,7 @@ __all__ = [
     "check_reachable",
     "create_bytes",
     "delete_file",
+    "empty_folder",
     "exists",
     "explained",
     "file_sha256",

@@ -15,11 +15,12 @@ from pathlib import Path
 
 from pyarrow import fs
 
+from facm_core.errors import require
 from facm_platform.storage.failures import explained
-from facm_platform.storage.files import upload_file
+from facm_platform.storage.files import list_files, upload_file
 from facm_platform.storage.listing import versions
-from facm_platform.storage.stores import filesystem
-from facm_platform.storage.uris import is_local, join, local_path
+from facm_platform.storage.stores import check_reachable, filesystem
+from facm_platform.storage.uris import absolute, is_local, join, local_path
 
 # Asked for one after the other: of the default of 1 MiB, a large file takes too many.
 _PIECE_BYTES = 16 << 20
@@ -28,9 +29,25 @@ _PIECE_BYTES = 16 << 20
 _KEPT_SECONDS = 24 * 3600
 
 
-def upload_folder(source: Path, uri: str) -> None:
-    """Copy every file below the local folder `source` to the folder `uri`."""
-    for file in sorted(source.rglob("*")):
+def empty_folder(uri: str, field: str = "uri") -> str:
+    """The absolute address of a folder in which nothing lies yet.
+
+    Raises:
+        InvalidInputError: something does, or the store cannot be reached.
+    """
+    address = absolute(uri, field)
+    check_reachable(address, field)
+    empty = not list_files(address)
+    require(empty, field, uri, "it is not empty", "Choose another place")
+    return address
+
+
+def upload_folder(source: Path, uri: str, last: str = "") -> None:
+    """Copy every file below the local folder `source` to the folder `uri`.
+
+    A file named `last`, which makes the rest complete, comes last.
+    """
+    for file in sorted(source.rglob("*"), key=lambda file: (file.name == last, file)):
         if file.is_file():
             upload_file(file, join(uri, file.relative_to(source).as_posix()))
 

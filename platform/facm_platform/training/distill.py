@@ -16,7 +16,7 @@ from facm_platform.evaluation.config import check_measure
 from facm_platform.evaluation.extractors import load_extractor
 from facm_platform.evaluation.reference import find_reference
 from facm_platform.latents import LatentManifest
-from facm_platform.latents.null_text import NullText
+from facm_platform.latents.null_text import NULL_TEXT, NullText
 from facm_platform.registry import ArtifactInfo, read_artifact
 from facm_platform.training.config import (
     LoraConfig,
@@ -187,6 +187,7 @@ class DistillPlan:
             f"{train.global_batch_size} on {config.workers.max} workers, from {self.data_uri} "
             f"({self.manifest.rows:,} rows) to {self.folder_uri}\n"
             f"teacher: {self.teacher.uri} (sha256 {self.teacher.sha256})\n"
+            f"guidance: {self._guidance}\n"
             + cost_estimate(
                 self.architecture,
                 train,
@@ -195,6 +196,15 @@ class DistillPlan:
                 lora=config.lora,
             )
         )
+
+    @property
+    def _guidance(self) -> str:
+        """With which the teacher is asked, and what it recommends if that is something else."""
+        asked, own = self.config.method.guidance, self.teacher.config.guidance
+        told = f"{asked.scale} on [{asked.low}, {asked.high}]"
+        if asked == own:
+            return told
+        return f"{told}; the teacher recommends {own.scale} on [{own.low}, {own.high}]"
 
     def execute(
         self, tags: Mapping[str, str] | None = None, make_context: MakeContext = RayContext
@@ -223,9 +233,14 @@ class DistillPlan:
 
     def task(self, tracking_uri: str, run_id: str) -> TrainingTask:
         """The worker's view of it."""
-        config, method = self.config, self.config.method
+        config, method, own = self.config, self.config.method, self.teacher.config
+        encoder = (own.text_encoder_id, own.text_encoder_sha256)
+        if not own.text_encoder_id and (null := _null_text(config, self.manifest)):
+            encoder = (null.encoder_id, null.encoder_sha256)
         artifact = replace(
-            self.teacher.config,
+            own,
+            text_encoder_id=encoder[0],
+            text_encoder_sha256=encoder[1],
             role="student",
             architecture=self.architecture,
             objective=_NAMES[type(method)],
@@ -316,6 +331,15 @@ def check_fit(config: DistillConfig, teacher: ArtifactInfo, manifest: LatentMani
         "Use the latent set the teacher was trained on",
     )
     _check_text_encoder(config, teacher, manifest)
+    ours, theirs = teacher.config.autoencoder_sha256, manifest.autoencoder_sha256
+    require(
+        ours == theirs,
+        "teacher.uri",
+        uri,
+        f"its latents are those of the autoencoder {ours[:12]}…, data.uri has those of "
+        f"{theirs[:12]}…",
+        "Use a latent set that the teacher's autoencoder made",
+    )
     # Another normalisation is the costliest silent error there is: FID above 130.
     require(
         (teacher.config.normalisation_mean, teacher.config.normalisation_std)
@@ -358,13 +382,21 @@ def check_fit(config: DistillConfig, teacher: ArtifactInfo, manifest: LatentMani
         check_lora(config.lora, architecture)
 
 
+def _null_text(config: DistillConfig, manifest: LatentManifest) -> NullText | None:
+    """The set's null prompt; None where it has labels, or nobody wrote one."""
+    uri = storage.absolute(config.data.uri, "data.uri")
+    if not manifest.text_shape or not storage.exists(storage.join(uri, NULL_TEXT)):
+        return None
+    return NullText.load(uri, manifest)
+
+
 def _check_text_encoder(
     config: DistillConfig, teacher: ArtifactInfo, manifest: LatentManifest
 ) -> None:
     """Prompts must mean to the teacher what they meant when it was trained, if that is known."""
-    if not manifest.text_shape:
+    null = _null_text(config, manifest)
+    if null is None:
         return
-    null = NullText.load(storage.absolute(config.data.uri, "data.uri"), manifest)
     known, ours = teacher.config.text_encoder_sha256, null.encoder_sha256
     require(
         not (known and ours) or known == ours,

@@ -19,7 +19,7 @@ from facm_core.ema import synthesis_weights
 from facm_core.errors import InvalidInputError, require
 from facm_platform import storage
 from facm_platform.config import JobResult
-from facm_platform.registry import ArtifactConfig, write_artifact
+from facm_platform.registry import ArtifactConfig, upload_artifact, write_artifact
 from facm_platform.storage.listing import iter_names
 from facm_platform.training.checkpoint import AVERAGES, PlainReader, check_files, read_record
 from facm_platform.training.config import LoraConfig
@@ -72,9 +72,8 @@ def export(checkpoint: str, output: str, sigma_rel: float | None = None) -> JobR
         InvalidInputError: no whole checkpoint there, a place that is not empty, or no average of
             that width.
     """
-    uri, target = storage.absolute(checkpoint, "checkpoint"), storage.absolute(output, "output")
-    occupied = bool(storage.list_files(target))
-    require(not occupied, "output", output, "it is not empty", "Choose another place")
+    uri = storage.absolute(checkpoint, "checkpoint")
+    target = storage.empty_folder(output, "output")
     with _stored(uri) as last:
         artifact = ArtifactConfig.from_json(last.record["artifact"])
         sigma_rel = artifact.ema_sigma_rel if sigma_rel is None else sigma_rel
@@ -86,7 +85,7 @@ def export(checkpoint: str, output: str, sigma_rel: float | None = None) -> JobR
     artifact = replace(artifact, ema_sigma_rel=sigma_rel)
     with tempfile.TemporaryDirectory() as folder:
         write_artifact(Path(folder), merged({**student, **averages}, last.lora), artifact)
-        storage.upload_folder(Path(folder), target)
+        upload_artifact(Path(folder), target)
     images = float(artifact.images_seen)
     return JobResult(
         run_id=None,

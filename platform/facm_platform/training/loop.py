@@ -20,8 +20,8 @@ from facm_core.errors import InvalidInputError
 from facm_core.objectives import FACM, Draws, Objective
 from facm_platform.latents import Batch
 from facm_platform.latents.stream import dealt_to
-from facm_platform.registry import write_artifact
-from facm_platform.storage import join, local_copy, upload_folder, write_bytes
+from facm_platform.registry import upload_artifact, write_artifact
+from facm_platform.storage import join, local_copy, write_bytes
 from facm_platform.tracking import MetricSender
 from facm_platform.training.checkpoint import StagedState, TrainState
 from facm_platform.training.context import WorkerContext
@@ -396,7 +396,7 @@ class _Trainer:
             return
         with tempfile.TemporaryDirectory() as folder:
             write_artifact(Path(folder), weights, artifact)
-            upload_folder(Path(folder), self.task.artifact_uri)
+            upload_artifact(Path(folder), self.task.artifact_uri)
 
     @contextmanager
     def _metric_sender(self) -> Iterator[MetricSender | None]:

@@ -54,6 +54,7 @@ def planned(train: TrainConfig, workers: int, *, teachers: int) -> MemoryConfig:
         dtype=train.precision,
         recompute=train.recompute,
         teachers=teachers,
+        teacher_gpus=None if train.shard_teacher else 1,
         averages=len(train.ema_sigma_rels),
         jvp=teachers > 0,
     )

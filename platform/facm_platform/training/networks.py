@@ -1,4 +1,4 @@
-"""The networks of a run, sharded; no rank ever holds a whole one of a teacher's size."""
+"""The networks of a run, sharded; what comes from an artefact is read shard by shard."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def networks(
             lacking = student.state_dict().keys() - start.state_dict().keys()
             others = initial_values(lambda: build_network(architecture), lacking)
         names = base_names(student)
-        replicas = 1 if settings.shard_teacher else context.world_size
+        replicas = settings.replicas if settings.shard_teacher else context.world_size
         teacher = replace(sharding, replicas=replicas).apply(teacher, device)
         student, home = sharding.apply(student, device), sharding.home(device)
         load_shards(teacher, home, Source(folder))

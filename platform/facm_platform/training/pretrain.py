@@ -110,7 +110,7 @@ class PretrainConfig:
         network: Size of a LightningDiT, for a set with labels; or
         wan: size of a Wan, for a set with texts.
         objective: Flow matching.
-        sampling: Guidance with which the teacher is meant to be sampled and distilled.
+        sampling: Guidance with which the teacher is meant to be sampled.
         train: Optimisation.
         workers: Ray Train workers.
     """

@@ -27,7 +27,13 @@ from facm_platform import storage
 from facm_platform.config import JobResult, Refused, config_hash
 from facm_platform.config.sections import DataConfig, RunConfig, TeacherConfig
 from facm_platform.latents import LatentManifest, LatentStream, local_batches
-from facm_platform.registry import Artifact, load_artifact, save_artifact
+from facm_platform.registry import (
+    ArtifactInfo,
+    load_artifact,
+    read_artifact,
+    save_artifact,
+    upload_artifact,
+)
 from facm_platform.tracking import (
     check_run_name,
     check_store,
@@ -106,7 +112,7 @@ class SlowTimePlan:
     config: SlowTimeConfig
     data_uri: str
     manifest: LatentManifest
-    teacher: Artifact
+    teacher: ArtifactInfo
     architecture: WanConfig
     output_uri: str
 
@@ -147,7 +153,7 @@ class SlowTimePlan:
             )
             with tempfile.TemporaryDirectory() as folder:
                 sha256 = save_artifact(Path(folder), weights, artifact)
-                storage.upload_folder(Path(folder), self.output_uri)
+                upload_artifact(Path(folder), self.output_uri)
             # By which those that are made from it name it.
             tracked.set_tags({"model_sha256": sha256})
         return self._result(tracked, self.output_uri, metrics)
@@ -162,7 +168,7 @@ class SlowTimePlan:
 
     def _fit(self) -> tuple[TimeFit, dict[str, Tensor]]:
         """And the new teacher's weights: the teacher's, but for the time MLPs."""
-        config, teacher = self.config, self.teacher.model
+        config, teacher = self.config, load_artifact(self.teacher.uri).model
         weights = dict(teacher.state_dict())
         islands = {p for embedder in teacher.time_embedders for p in embedder.parameters()}
         for parameter in set(teacher.parameters()) - islands:
@@ -203,19 +209,16 @@ def prepare(config: SlowTimeConfig) -> SlowTimePlan:
     """
     check_run_name("run.name", config.run.name)
     check_store(config.run.tracking, embedded_root(config.run.storage_uri))
-    output_uri = storage.absolute(config.output_uri, "output_uri")
-    storage.check_reachable(output_uri, "output_uri")
-    empty = not storage.list_files(output_uri)
-    require(empty, "output_uri", config.output_uri, "it is not empty", "Choose another place")
+    output_uri = storage.empty_folder(config.output_uri, "output_uri")
     available = config.device == "cpu" or torch.cuda.is_available()
     require(available, "device", config.device, "PyTorch sees no GPU here", "Use cpu")
     data_uri, manifest = open_data(config.data)
-    teacher = load_artifact(config.teacher.uri)
+    teacher = read_artifact(config.teacher.uri)
     architecture = _slow(config, teacher, manifest)
     return SlowTimePlan(config, data_uri, manifest, teacher, architecture, output_uri)
 
 
-def _slow(config: SlowTimeConfig, teacher: Artifact, manifest: LatentManifest) -> WanConfig:
+def _slow(config: SlowTimeConfig, teacher: ArtifactInfo, manifest: LatentManifest) -> WanConfig:
     """The new teacher's architecture."""
     uri, described, architecture = config.teacher.uri, teacher.config, teacher.config.architecture
     is_one = described.role == "teacher"
@@ -235,6 +238,7 @@ def _slow(config: SlowTimeConfig, teacher: Artifact, manifest: LatentManifest) -
         ("texts", architecture.text_shape, tuple(manifest.text_shape)),
         ("mean", described.normalisation_mean, manifest.mean),
         ("std", described.normalisation_std, manifest.std),
+        ("autoencoder", described.autoencoder_sha256, manifest.autoencoder_sha256),
     ):
         problem = f"its {what} are {ours}, those of data.uri {theirs}"
         require(ours == theirs, "teacher.uri", uri, problem, "Use the latent set of its import")
