@@ -9,7 +9,7 @@ _LISTED = 5
 
 
 def read_prompts(uri: str, field: str = "prompts_uri") -> tuple[str, ...]:
-    """The lines of a UTF-8 file, local or ``s3://``.
+    """The lines of a UTF-8 file, local or ``s3://``, without spaces at their ends.
 
     Raises:
         InvalidInputError: no such file, no UTF-8, or lines that are blank or, but for spaces, say
@@ -36,4 +36,4 @@ def read_prompts(uri: str, field: str = "prompts_uri") -> tuple[str, ...]:
             first[prompt] = number
     problem = "; ".join(findings[:_LISTED]) + "; ..." * (len(findings) > _LISTED)
     require(not findings, field, uri, problem, "Take these lines away")
-    return tuple(line.removesuffix("\r") for line in lines)
+    return tuple(map(str.strip, lines))

@@ -252,7 +252,7 @@ def test_what_is_refused(folder: Path, world: World, store: Store, tmp_path: Pat
         ({"student_uri": texts.teacher}, "student_uri = .* it is a teacher"),
         ({"student_uri": world.student}, "student_uri = .* it draws 10 classes, not prompts"),
         ({"student_uri": str(tmp_path / "stranger")}, "teacher_uri = .* student's teacher has"),
-        ({"prompts_uri": str(tmp_path / "no.txt")}, "prompts_uri = .* no file lies there"),
+        ({"prompts_uri": str(tmp_path / "no.txt")}, "prompts_uri = .* no such file"),
         ({"scores": (broken,)}, r"scores\.0\.weights_uri = .* not a CLIP"),
         ({"scores": (other,)}, r"scores\.0\.weights_uri = .* it is a umt5, not a CLIP"),
     ):
