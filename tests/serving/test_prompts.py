@@ -117,7 +117,7 @@ def test_requests_of_any_kind(texts: ServedTexts, mode: GenerationMode) -> None:
 
 def test_load_by_prompt(texts: ServedTexts, tmp_path: Path) -> None:
     file = tmp_path / "prompts.txt"
-    file.write_text("\n".join([PROMPTS[0], "", f"  {PROMPTS[2]}  "]) + "\n", encoding="utf-8")
+    file.write_text(f"{PROMPTS[0]}\n  {PROMPTS[2]}  \n", encoding="utf-8")
     given = LoadConfig(url=texts.url, prompts_uri=str(file), requests=8, connections=4, seed=5)
     plan = prepare_load(given)
     assert "2 prompts" in plan.describe()
